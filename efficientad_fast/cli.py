@@ -1,0 +1,417 @@
+"""The command ``efficientad-fast``. Exit codes: 0 all good, 1 something failed, 2 wrong usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from efficientad_fast.errors import EfficientADError, InputError
+
+app = typer.Typer(
+    help="Visual anomaly detection with EfficientAD: train on good images, predict, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+DeviceOption = Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images that go through the networks together.")]
+DtypeOption = Annotated[str, typer.Option(help="'float32', 'float16', 'bfloat16' or 'float64'.")]
+
+
+class _Watch:
+    """Shows progress: bars with time left on a terminal, now and then a line elsewhere."""
+
+    _LINE_SECONDS = 20.0
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, tuple[float, int]] = {}
+        self._losses = ""
+        self._printed = 0.0
+
+    def __enter__(self) -> _Watch:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, losses="")
+            self._started[stage] = (time.monotonic(), done)
+        losses = self._losses if stage == "steps" else ""
+        self._bars.update(self._tasks[stage], completed=done, total=total, losses=losses)
+        if console.is_terminal:
+            return
+        now = time.monotonic()
+        if done == total or now - self._printed > self._LINE_SECONDS:
+            self._printed = now
+            since, first = self._started[stage]
+            left = (now - since) / (done - first) * (total - done) if done > first else math.nan
+            remaining = "" if done == total or math.isnan(left) else f", {left:.0f} s left"
+            console.print(f"{stage}: {done} of {total}{remaining} {losses}".rstrip())
+
+    def losses(self, step: int, losses: Mapping[str, float]) -> None:
+        self._losses = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Errors made for people are printed as a sentence; Ctrl-C says how to go on."""
+    try:
+        yield
+    except EfficientADError as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
+    except OSError as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _network_size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.strip().isdigit() for part in parts):
+        raise InputError(f"--size must be a number or HEIGHTxWIDTH such as 256 or 256x512, got {text!r}.")
+    return int(parts[0]), int(parts[-1])
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder of good images, or of an MVTec-AD-style data set.")],
+    out: Annotated[Path, typer.Option(help="Where the detector goes, a .safetensors file.")],
+    preset: Annotated[str, typer.Option(help="'paper' (70,000 steps) or 'quick' (minutes on two cores).")] = "paper",
+    steps: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
+    size: Annotated[str, typer.Option(help="Network size: N or HEIGHTxWIDTH, each side at least 256.")] = "256",
+    teacher: Annotated[
+        str, typer.Option(help="'default', 'random', or a file made by `efficientad-fast distill`.")
+    ] = "default",
+    penalty: Annotated[
+        str,
+        typer.Option(help="Images for the pretraining penalty: a folder, 'generated', or 'none'."),
+    ] = "none",
+    padding: Annotated[bool, typer.Option("--padding", help="Pad the networks' convolutions.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train a detector on good images."""
+    from efficientad_fast.data.folders import open_dataset
+    from efficientad_fast.training.student import TrainSettings, quick_training
+    from efficientad_fast.training.student import train as run
+
+    with _told_plainly():
+        if preset not in ("paper", "quick"):
+            raise InputError(f"--preset must be 'paper' or 'quick', got {preset!r}.")
+        if out.suffix != ".safetensors":
+            raise InputError(f"--out must end in .safetensors, got {str(out)!r}.")
+        settings = quick_training() if preset == "quick" else TrainSettings()
+        settings = dataclasses.replace(
+            settings,
+            steps=steps or settings.steps,
+            size=_network_size(size),
+            padding=padding,
+            seed=seed,
+            crop=None if padding else settings.crop,
+        )
+        network, provenance = _teacher(teacher, padding)
+        console.print(f"teacher: {escape(_teacher_line(provenance))}", soft_wrap=True)
+        images = _penalty_images(penalty)
+        console.print(f"pretraining penalty: {escape(images.name) if images else 'none'}")
+        try:
+            with _Watch() as watch:
+                detector = run(
+                    open_dataset(data),
+                    out,
+                    settings,
+                    teacher=network,
+                    teacher_provenance=provenance,
+                    penalty=images,
+                    resume=resume,
+                    device=device,
+                    observer=watch,
+                )
+        except KeyboardInterrupt:
+            errors.print("stopped; the state is kept. Give the same command with --resume to go on.")
+            raise typer.Exit(130) from None
+        console.print(f"saved {escape(str(out))}, threshold {detector.threshold:.4f}", soft_wrap=True)
+
+
+def _teacher(choice: str, padding: bool) -> tuple[Any, dict[str, Any]]:
+    from efficientad_fast.weights import load_teacher, random_teacher
+
+    if choice == "random":
+        return random_teacher(padding=padding)
+    return load_teacher(None if choice == "default" else Path(choice), padding=padding)
+
+
+def _teacher_line(provenance: Mapping[str, Any]) -> str:
+    from efficientad_fast.weights import describe_teacher
+
+    return describe_teacher(provenance)
+
+
+def _penalty_images(choice: str) -> Any:
+    from efficientad_fast.data.folders import list_images
+    from efficientad_fast.training.student import PenaltyImages
+
+    if choice == "none":
+        return None
+    if choice == "generated":
+        return PenaltyImages()
+    return PenaltyImages(tuple(list_images(Path(choice))), Path(choice).name)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A detector made by `efficientad-fast train`.")],
+    images: Annotated[list[Path], typer.Argument(help="Images and folders of images.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for predictions.csv and overlays.")] = None,
+    batch_size: BatchOption = 1,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    max_value: Annotated[int | None, typer.Option(help="Value of white in 16-bit files (default 65535).")] = None,
+    apply_exif: Annotated[bool, typer.Option("--apply-exif", help="Turn photographs upright.")] = False,
+) -> None:
+    """Predict images: score, and whether it is above the detector's threshold.
+
+    One line an image goes to standard output: score, verdict, path, separated by tabs. A file that cannot be read is
+    reported on standard error and the exit code is 1; the others are predicted.
+    """
+    from efficientad_fast.data.folders import list_images
+    from efficientad_fast.detector import DecodeOptions, Detector, Prediction
+    from efficientad_fast.files import atomic_path
+
+    with _told_plainly():
+        detector = Detector.load(model)
+        paths = [found for path in images for found in (list_images(path) if path.is_dir() else [path])]
+        rows: list[Prediction] = []
+        stream = detector.stream(
+            paths,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            map_size="original" if out else "network",
+            decode=DecodeOptions(max_value=max_value, apply_exif=apply_exif),
+        )
+        for index, prediction in enumerate(stream):
+            if prediction.error is not None:
+                errors.print(f"[red]failed:[/red] {escape(prediction.error)}", soft_wrap=True)
+            else:
+                verdict = "anomalous" if prediction.label else "good"
+                sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{prediction.source}\n")
+                sys.stdout.flush()
+                if out is not None:
+                    _write_overlay(prediction, detector.threshold, out, index)
+            rows.append(dataclasses.replace(prediction, anomaly_map=None))
+        if out is not None:
+            with atomic_path(out / "predictions.csv") as temporary, temporary.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["path", "score", "anomalous", "error"])
+                for row in rows:
+                    ok = row.error is None
+                    writer.writerow([row.source, row.score if ok else "", row.label if ok else "", row.error or ""])
+        failed = sum(row.error is not None for row in rows)
+        if failed:
+            errors.print(f"{failed} of {len(rows)} images failed.")
+            raise typer.Exit(1)
+
+
+def _write_overlay(prediction: Any, threshold: float, out: Path, index: int) -> None:
+    from efficientad_fast.data.decode import decode_image
+    from efficientad_fast.report.overlays import save_overlay
+
+    name = f"{index:05d}_{Path(prediction.source).stem}.png"
+    save_overlay(decode_image(prediction.source), prediction.anomaly_map, out / name, threshold=threshold)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A detector made by `efficientad-fast train`.")],
+    data: Annotated[Path, typer.Argument(help="Data set in MVTec AD or MVTec LOCO layout.")],
+    report: Annotated[Path | None, typer.Option(help="Where the HTML report goes.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Where the figures go, as JSON.")] = None,
+    batch_size: BatchOption = 1,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Evaluate a detector on a data set's test images; optionally write an HTML report."""
+    from efficientad_fast.data.folders import open_dataset
+    from efficientad_fast.detector import Detector
+    from efficientad_fast.evaluation import evaluate as run
+    from efficientad_fast.report import write_report
+
+    with _told_plainly():
+        detector = Detector.load(model)
+        with _Watch() as watch:
+            evaluation = run(
+                detector,
+                open_dataset(data),
+                batch_size=batch_size,
+                device=device,
+                dtype=dtype,
+                progress=lambda done, total: watch.progress("evaluating", done, total),
+            )
+        if json_out is not None:
+            evaluation.write_json(json_out)
+        _print_evaluation(evaluation)
+        if report is not None:
+            write_report(evaluation, report, detector_summary=detector.summary())
+            console.print(f"report: {escape(str(report.resolve()))}", soft_wrap=True)
+        if evaluation.failures:
+            for row in evaluation.failures:
+                errors.print(f"[red]failed:[/red] {escape(str(row.error))}", soft_wrap=True)
+            raise typer.Exit(1)
+
+
+def _print_evaluation(evaluation: Any) -> None:
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    table = Table("defect", "images", "image AUROC")
+    for name, count, value in evaluation.auroc_rows():
+        table.add_row(name, str(count), figure(value))
+    console.print(table)
+    console.print(f"pixel AUROC {figure(evaluation.pixel_auroc)}, AU-PRO (0.3) {figure(evaluation.au_pro)}")
+
+
+@app.command()
+def distill(
+    out: Annotated[Path, typer.Option(help="Where the teacher goes, a .safetensors file.")],
+    images: Annotated[list[Path] | None, typer.Option(help="Folder of images to learn from; may be repeated.")] = None,
+    synthetic: Annotated[int, typer.Option(min=0, help="Images the code generates, added to them.")] = 0,
+    backbone: Annotated[
+        str, typer.Option(help="'wide_resnet101_2' (extra 'timm') or 'efficientnet-lite0|1|2' (extra 'distill').")
+    ] = "efficientnet-lite0",
+    preset: Annotated[str, typer.Option(help="'paper' (60,000 steps) or 'quick' (about an hour on two cores).")] = "paper",
+    steps: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
+    model_size: Annotated[str, typer.Option(help="'s' or 'm'.")] = "s",
+    holdout: Annotated[
+        Path | None, typer.Option(help="Folder of other images to measure the explained variance on.")
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for cached targets (3 MB an image) and state.")] = None,
+    data_name: Annotated[str, typer.Option(help="What the images are, stored in the file.")] = "not stated",
+    terms: Annotated[str, typer.Option(help="Terms of use of the weights, stored in the file.")] = "not stated",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted distillation.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.")] = 0,
+) -> None:
+    """Distill a teacher from a pretrained backbone."""
+    from efficientad_fast.data.folders import list_images
+    from efficientad_fast.training.distill import DistillImages, DistillSettings, quick_distillation
+    from efficientad_fast.training.distill import distill as run
+
+    with _told_plainly():
+        if preset not in ("paper", "quick"):
+            raise InputError(f"--preset must be 'paper' or 'quick', got {preset!r}.")
+        if out.suffix != ".safetensors":
+            raise InputError(f"--out must end in .safetensors, got {str(out)!r}.")
+        settings = quick_distillation() if preset == "quick" else DistillSettings()
+        settings = dataclasses.replace(
+            settings, backbone=backbone, model_size=model_size, steps=steps or settings.steps, seed=seed
+        )
+        files = tuple(path for folder in images or [] for path in list_images(folder))
+        try:
+            with _Watch() as watch:
+                provenance = run(
+                    DistillImages(files, synthetic, seed),
+                    out,
+                    settings,
+                    work=work or out.with_name(out.name + ".distillation"),
+                    holdout=list_images(holdout) if holdout else (),
+                    resume=resume,
+                    terms=terms,
+                    data=data_name,
+                    progress=watch.progress,
+                    report_loss=lambda value: watch.losses(0, {"loss": value}),
+                )
+        except KeyboardInterrupt:
+            errors.print("stopped; the state is kept. Give the same command with --resume to go on.")
+            raise typer.Exit(130) from None
+        console.print(f"saved {escape(str(out))}: {escape(_teacher_line(provenance))}", soft_wrap=True)
+
+
+@app.command()
+def samples(
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    seed: Annotated[int, typer.Option(help="Another seed, another set.")] = 0,
+) -> None:
+    """Generate a sample data set: rendered parts with structural and logical defects, MVTec AD layout."""
+    from efficientad_fast.data.samples import generate_sample_set
+
+    with _told_plainly():
+        generate_sample_set(out, seed=seed)
+        console.print(f"sample set: {escape(str(out))}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the samples, the detector and the report.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of the sample set and of training.")] = 0,
+) -> None:
+    """Generate samples, train, evaluate and write a report: the whole job in minutes."""
+    from efficientad_fast.demo import run_demo
+
+    with _told_plainly():
+        console.print(f"teacher: {escape(_default_teacher_line())}", soft_wrap=True)
+        with _Watch() as watch:
+            result = run_demo(out, seed=seed, observer=watch)
+        _print_evaluation(result.evaluation)
+        console.print(f"baseline (difference from the mean training image): image AUROC {result.baseline_auroc:.4f}")
+        console.print(f"report: {escape(str(result.report.resolve()))}", soft_wrap=True)
+
+
+def _default_teacher_line() -> str:
+    from efficientad_fast.weights import default_teacher_info
+
+    return default_teacher_info()
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print versions, what was built, and which backends work here."""
+    from efficientad_fast.info import collect, render
+
+    facts = collect()
+    sys.stdout.write((json.dumps(facts, indent=2) if as_json else render(facts)) + "\n")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

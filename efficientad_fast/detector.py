@@ -1,0 +1,493 @@
+"""A trained detector: what it consists of, its file, and predicting with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from efficientad_fast.data.decode import decode_image
+from efficientad_fast.data.folders import list_images
+from efficientad_fast.errors import DetectorFileError, ImageError, InputError
+from efficientad_fast.files import read_tensors, write_tensors
+from efficientad_fast.plan import Backend, Plan, PlanInput, build_plan, parse_device, parse_dtype
+from efficientad_fast.reference.maps import MapConvention, Quantiles
+from efficientad_fast.reference.networks import FEATURE_CHANNELS, Autoencoder, PatchDescriptionNetwork
+from efficientad_fast.reference.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ResizeMethod,
+    check_network_size,
+    preprocess,
+)
+
+FILE_FORMAT = "efficientad_fast detector 1"
+
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+MapSize = Literal["network", "original"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input; see ``reference.preprocess``.
+
+    Raises:
+        InputError: a size that the networks do not admit, or an unknown resize method.
+    """
+
+    size: tuple[int, int] = (256, 256)
+    resize: ResizeMethod = "antialias"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", check_network_size(self.size))
+        if self.resize not in get_args(ResizeMethod):
+            raise InputError(f"resize must be one of {', '.join(get_args(ResizeMethod))}, got {self.resize!r}.")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """``(3, H, W)`` uint8 or float in [0, 1] to ``(3, *size)`` float32, normalised."""
+        return preprocess(image, self.size, resize=self.resize, mean=self.mean, std=self.std)
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How arrays and files are read; see ``data.decode.decode_image``."""
+
+    channel_order: str = "rgb"
+    max_value: int | None = None
+    apply_exif: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a detector says of one image.
+
+    Attributes:
+        source: the path, or ``image N`` for the N-th array, tensor or PIL image (from 0).
+        score: the anomaly score, unbounded; NaN where the image could not be read.
+        label: whether ``score > threshold``; ``None`` where the image could not be read.
+        anomaly_map: ``(H, W)`` float32, or ``None`` where the image could not be read.
+        error: why the image could not be read.
+    """
+
+    source: str
+    score: float
+    label: bool | None
+    anomaly_map: np.ndarray | None = field(repr=False)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    source: str
+    image: Tensor | None  # preprocessed, (3, H, W)
+    original_size: tuple[int, int]
+    error: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """Teacher, student and autoencoder with all that turns an image into a score and a decision.
+
+    Immutable; :meth:`replaced` gives a changed copy. Predicting is safe from several threads. Changing the networks'
+    weights in place after the first prediction is not noticed: make a new detector.
+
+    Attributes:
+        teacher, student, autoencoder: in eval mode, on the CPU.
+        teacher_mean, teacher_std: ``(384,)``, the teacher's channel statistics over the training images.
+        quantiles: ``None`` leaves the maps as they are.
+        threshold: an image whose score is above it is anomalous.
+        map_convention, pad_maps: see SPEC "Maps and score".
+        provenance: data, steps, versions, date; anything JSON holds.
+    """
+
+    teacher: PatchDescriptionNetwork
+    student: PatchDescriptionNetwork
+    autoencoder: Autoencoder
+    teacher_mean: Tensor
+    teacher_std: Tensor
+    quantiles: Quantiles | None = None
+    threshold: float = math.inf
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    map_convention: MapConvention = "resized"
+    pad_maps: bool = True
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    _plans: dict[tuple[torch.device, torch.dtype, Backend], Plan] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.map_convention not in get_args(MapConvention):
+            raise InputError(
+                f"map_convention must be one of {', '.join(get_args(MapConvention))}, got {self.map_convention!r}."
+            )
+        if self.student.out_channels != 2 * self.teacher.out_channels:
+            raise InputError(
+                f"The student must have twice the teacher's {self.teacher.out_channels} output channels, "
+                f"got {self.student.out_channels}."
+            )
+        for name in ("teacher_mean", "teacher_std"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (self.teacher.out_channels,):
+                raise InputError(f"{name} must have shape ({self.teacher.out_channels},), got {shape}.")
+        for network in (self.teacher, self.student, self.autoencoder):
+            network.eval().requires_grad_(False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the network's input."""
+        return self.preprocessing.size
+
+    def replaced(self, **changes: Any) -> Detector:
+        """A copy with some fields changed, such as ``threshold``; networks are shared."""
+        return replace(self, **changes)
+
+    def summary(self) -> dict[str, object]:
+        """What a person wants to know of a detector, in reading order."""
+        facts: dict[str, object] = {
+            "model": f"EfficientAD-{self.teacher.model_size.upper()}",
+            "network size": f"{self.size[0]} x {self.size[1]}",
+            "threshold": round(self.threshold, 6),
+            "map convention": self.map_convention,
+        }
+        facts.update({key.replace("_", " "): value for key, value in self.provenance.items()})
+        return facts
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the detector to one safetensors file, atomically; :meth:`load` gives back the same bits."""
+        networks = {"teacher": self.teacher, "student": self.student, "autoencoder": self.autoencoder}
+        tensors = {
+            f"{name}.{key}": value
+            for name, network in networks.items()
+            for key, value in network.state_dict().items()
+        }
+        tensors["teacher_mean"] = self.teacher_mean
+        tensors["teacher_std"] = self.teacher_std
+        fields = {
+            "model_size": self.teacher.model_size,
+            "out_channels": self.teacher.out_channels,
+            "padding": self.teacher.padding,
+            "quantiles": None if self.quantiles is None else asdict(self.quantiles),
+            "threshold": self.threshold,
+            "preprocessing": asdict(self.preprocessing),
+            "map_convention": self.map_convention,
+            "pad_maps": self.pad_maps,
+            "provenance": dict(self.provenance),
+        }
+        write_tensors(path, tensors, {"format": FILE_FORMAT, "detector": json.dumps(fields)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Detector:
+        """Read a file written by :meth:`save`. No pickle is involved.
+
+        Raises:
+            DetectorFileError: the file is missing, damaged, or something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DetectorFileError(f"No detector file at {path}. Train one with `efficientad-fast train DATA --out {path}`.")
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FILE_FORMAT:
+            raise DetectorFileError(
+                f"{path} is not a detector of this package: its format is {metadata.get('format')!r}, "
+                f"expected {FILE_FORMAT!r}. Train one with `efficientad-fast train DATA --out MODEL`."
+            )
+        try:
+            fields = json.loads(metadata["detector"])
+            networks = _empty_networks(fields["model_size"], fields["out_channels"], padding=fields["padding"])
+            for name, network in networks.items():
+                prefix = f"{name}."
+                weights = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+                network.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+            stored = fields["preprocessing"]
+            return cls(
+                cast(PatchDescriptionNetwork, networks["teacher"]),
+                cast(PatchDescriptionNetwork, networks["student"]),
+                cast(Autoencoder, networks["autoencoder"]),
+                tensors["teacher_mean"],
+                tensors["teacher_std"],
+                quantiles=None if fields["quantiles"] is None else Quantiles(**fields["quantiles"]),
+                threshold=float(fields["threshold"]),
+                preprocessing=Preprocessing(
+                    size=tuple(stored["size"]),
+                    resize=stored["resize"],
+                    mean=tuple(stored["mean"]),
+                    std=tuple(stored["std"]),
+                ),
+                map_convention=fields["map_convention"],
+                pad_maps=bool(fields["pad_maps"]),
+                provenance=fields["provenance"],
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+            raise DetectorFileError(
+                f"{path} says it is a detector of this package, but its content is not: {error}. "
+                "Copy or train it again."
+            ) from error
+
+    # Predicting
+
+    def plan(
+        self, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", *, backend: Backend = "auto"
+    ) -> Plan:
+        """The plan for a device and dtype, built on first use and kept.
+
+        Raises:
+            InputError: unknown device, dtype or backend; BackendError: they cannot be used on this machine.
+        """
+        key = (parse_device(device), parse_dtype(dtype), backend)
+        with self._lock:
+            if key not in self._plans:
+                shape = (1, -1, 1, 1)
+                source = PlanInput(
+                    self.teacher,
+                    self.student,
+                    self.autoencoder,
+                    self.teacher_mean.view(shape),
+                    self.teacher_std.view(shape),
+                    self.quantiles,
+                    self.map_convention,
+                    self.pad_maps,
+                    self.size,
+                )
+                self._plans[key] = build_plan(source, key[0], key[1], backend=backend)
+            return self._plans[key]
+
+    def warmup(
+        self,
+        *,
+        batch_size: int = 1,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        runs: int = 2,
+    ) -> None:
+        """Build the plan and run it on blank images, so that the first real prediction is as fast as the next."""
+        plan = self.plan(device, dtype)
+        blank = torch.zeros(batch_size, 3, *self.size)
+        for _ in range(runs):
+            plan.run(blank, [self.size] * batch_size)
+
+    def predict(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        *,
+        batch_size: int = 1,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        map_size: MapSize = "network",
+        channel_order: str = "rgb",
+        max_value: int | None = None,
+        apply_exif: bool = False,
+    ) -> Prediction | list[Prediction] | Iterator[Prediction]:
+        """Predict one image, several, a folder, or a stream.
+
+        Args:
+            images: what comes out has the form of what goes in.
+
+                - a path to an image, a PIL image, an array ``(H, W)`` or ``(H, W, C)``, a tensor ``(C, H, W)``:
+                  one :class:`Prediction`;
+                - a path to a folder (searched recursively, sorted), a list or tuple of the above, an array
+                  ``(N, H, W, C)``, a tensor ``(N, C, H, W)``: a list;
+                - any other iterable: an iterator of predictions, in order, with bounded memory.
+            batch_size: images that go through the networks together. A stream waits for that many.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+            dtype: of the networks: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"float64"``.
+            map_size: return maps at the network's size or each image's own. Scores are the same.
+            channel_order: ``"rgb"`` or ``"bgr"`` (OpenCV), for arrays and tensors.
+            max_value: value of white, for uint16 arrays and 16-bit files.
+            apply_exif: turn photographs upright as their EXIF data says.
+
+        Raises:
+            ImageError: the one image given cannot be read. Among several, a bad one becomes a prediction with
+                ``error`` set and the others are predicted.
+            DatasetError: a folder without images.
+            InputError: any other argument is off.
+        """
+        options = DecodeOptions(channel_order, max_value, apply_exif)
+        single, several = _arrange(images)
+        results = self.stream(
+            several, batch_size=batch_size, device=device, dtype=dtype, map_size=map_size, decode=options
+        )
+        if single:
+            prediction = next(results)
+            if prediction.error is not None:
+                raise ImageError(prediction.error)
+            return prediction
+        return list(results) if isinstance(several, Sequence) else results
+
+    def stream(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int = 1,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        map_size: MapSize = "network",
+        decode: DecodeOptions | None = None,
+    ) -> Iterator[Prediction]:
+        """Predictions one by one, in order; memory does not grow with their number.
+
+        A thread decodes ahead, at most two batches, while the networks run. Arguments as for :meth:`predict`.
+
+        Raises:
+            InputError: an argument is off (at the call, not at the first ``next``).
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a positive integer, got {batch_size!r}.")
+        if map_size not in get_args(MapSize):
+            raise InputError(f"map_size must be one of {', '.join(get_args(MapSize))}, got {map_size!r}.")
+        options = decode or DecodeOptions()
+        if options.channel_order not in ("rgb", "bgr"):
+            raise InputError(f"channel_order must be 'rgb' or 'bgr', got {options.channel_order!r}.")
+        plan = self.plan(device, dtype)
+        return self._run(images, plan, batch_size, map_size == "original", options)
+
+    def _run(
+        self,
+        images: Iterable[ImageSource],
+        plan: Plan,
+        batch_size: int,
+        original_maps: bool,
+        options: DecodeOptions,
+    ) -> Iterator[Prediction]:
+        waiting: list[_Decoded] = []
+        with _decoding_ahead(images, self.preprocessing, options, depth=2 * batch_size) as decoded:
+            for item in decoded:
+                waiting.append(item)
+                if len(waiting) == batch_size:
+                    yield from self._predict_batch(waiting, plan, original_maps)
+                    waiting = []
+            yield from self._predict_batch(waiting, plan, original_maps)
+
+    def _predict_batch(self, items: Sequence[_Decoded], plan: Plan, original_maps: bool) -> list[Prediction]:
+        readable = [item for item in items if item.image is not None]
+        results: Iterator[tuple[float, Tensor]] = iter(())
+        if readable:
+            batch = torch.stack([item.image for item in readable if item.image is not None])
+            scores, sized = plan.run(
+                batch, [item.original_size for item in readable], original_maps=original_maps
+            )
+            results = zip(scores.tolist(), sized, strict=True)
+        predictions = []
+        for item in items:
+            if item.error is not None:
+                predictions.append(Prediction(item.source, math.nan, None, None, item.error))
+            else:
+                score, anomaly_map = next(results)
+                # A copy, so that keeping one map does not keep its whole batch.
+                pixels = anomaly_map.float().numpy().copy()
+                predictions.append(Prediction(item.source, score, score > self.threshold, pixels))
+        return predictions
+
+
+def _empty_networks(model_size: Any, out_channels: int, *, padding: bool) -> dict[str, nn.Module]:
+    # Weights follow, so time and the caller's random state are not spent on initial ones.
+    with torch.device("meta"):
+        networks: dict[str, nn.Module] = {
+            "teacher": PatchDescriptionNetwork(model_size, out_channels, padding=padding),
+            "student": PatchDescriptionNetwork(model_size, 2 * out_channels, padding=padding),
+            "autoencoder": Autoencoder(out_channels, padding=padding),
+        }
+    return {name: network.to_empty(device="cpu") for name, network in networks.items()}
+
+
+def new_networks(
+    model_size: Any = "s", *, padding: bool = False, out_channels: int = FEATURE_CHANNELS, seed: int = 0
+) -> tuple[PatchDescriptionNetwork, Autoencoder]:
+    """An untrained student and autoencoder, the same ones for the same seed; the global generator is left alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student = PatchDescriptionNetwork(model_size, 2 * out_channels, padding=padding)
+        return student, Autoencoder(out_channels, padding=padding)
+
+
+def _arrange(images: ImageSource | Iterable[ImageSource]) -> tuple[bool, Iterable[ImageSource]]:
+    """Whether ``images`` is a single one, and an iterable over it or them; a sequence where all are at hand."""
+    if isinstance(images, str | os.PathLike):
+        path = Path(images)
+        return (False, list_images(path)) if path.is_dir() else (True, [images])
+    if isinstance(images, Image.Image):
+        return True, [images]
+    if isinstance(images, np.ndarray | Tensor):
+        return (False, list(images)) if images.ndim == 4 else (True, [images])
+    if isinstance(images, Sequence):
+        return False, images
+    if isinstance(images, Iterable):
+        return False, images
+    raise InputError(
+        "images must be a path, a folder, a PIL image, an array, a tensor, or an iterable of these, "
+        f"got {type(images).__name__}."
+    )
+
+
+def _name(source: object, index: int) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source) if isinstance(os.fspath(source), str) else os.fsdecode(source)
+    return getattr(source, "filename", "") or f"image {index}"
+
+
+@contextlib.contextmanager
+def _decoding_ahead(
+    images: Iterable[ImageSource], preprocessing: Preprocessing, options: DecodeOptions, depth: int
+) -> Iterator[Iterator[_Decoded]]:
+    """Decode and preprocess in a thread, at most ``depth`` images ahead. Errors of the iterable itself are raised."""
+    ready: queue.Queue[_Decoded | BaseException | None] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: _Decoded | BaseException | None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def decode() -> None:
+        end: BaseException | None = None
+        try:
+            for index, source in enumerate(images):
+                if stopped.is_set():
+                    return
+                name = _name(source, index)
+                try:
+                    image = decode_image(source, **asdict(options))
+                    size = (image.shape[-2], image.shape[-1])
+                    put(_Decoded(name, preprocessing(image), size))
+                except ImageError as error:
+                    message = str(error) if name in str(error) else f"{name}: {error}"
+                    put(_Decoded(name, None, (0, 0), message))
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+            end = error
+        put(end)
+
+    def items() -> Iterator[_Decoded]:
+        while True:
+            item = ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=decode, name="efficientad_fast-decode", daemon=True)
+    thread.start()
+    try:
+        yield items()
+    finally:
+        stopped.set()
+        # A source that blocks, such as a camera, cannot be woken; the thread ends with its next image.
+        thread.join(timeout=1.0)

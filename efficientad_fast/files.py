@@ -1,0 +1,74 @@
+"""Files that are written whole or not at all, and tensors in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from efficientad_fast.errors import DetectorFileError
+
+
+def _current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+@contextlib.contextmanager
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; on success sync it and rename it to ``target``.
+
+    The suffix of the temporary path is that of ``target``, since some writers choose the format by it. Where the
+    block raises, the temporary file is removed and ``target`` is left as it was. A process killed in between
+    leaves ``target`` whole and at most a hidden ``.NAME.*.partial*`` file beside it.
+
+    Raises:
+        OSError: the folder cannot be created or written to.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=f".partial{target.suffix}", dir=target.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # A writer may have replaced the file that mkstemp made, with its private mode.
+        temporary.chmod(0o666 & ~_current_umask())
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically; tensors are brought to the CPU, their dtype is kept."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata=dict(metadata))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; no pickle is involved.
+
+    Raises:
+        DetectorFileError: the file is missing, truncated or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DetectorFileError(f"There is no file {path}. Check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DetectorFileError(
+            f"{path} is not a safetensors file, or it is damaged ({error}). Copy it again, or make it again."
+        ) from error

@@ -1,0 +1,34 @@
+"""The terms of the training loss. Source: paper, section 3.2 and 3.3, algorithm 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efficientad_fast.reference.quantile import quantile
+
+HARD_FRACTION = 0.999
+"""Quantile of the squared differences from which on they count: p_hard of the paper."""
+
+
+def hard_feature_loss(teacher: Tensor, student: Tensor, fraction: float = HARD_FRACTION) -> Tensor:
+    """Mean of the squared differences that reach their own ``fraction`` quantile; a scalar.
+
+    Args:
+        teacher: normalised teacher features, any shape.
+        student: the student's prediction of them, same shape.
+        fraction: in [0, 1]; 0 gives the plain mean squared error.
+    """
+    squared = (teacher - student) ** 2
+    threshold = quantile(squared.detach(), (fraction,))[0]
+    return squared[squared >= threshold].mean()
+
+
+def penalty_loss(student: Tensor) -> Tensor:
+    """Mean square of the student's prediction on an image outside its domain; a scalar."""
+    return (student**2).mean()
+
+
+def mean_squared_error(first: Tensor, second: Tensor) -> Tensor:
+    """Mean squared difference over all elements; gradients reach both arguments; a scalar."""
+    return torch.mean((first - second) ** 2)

@@ -1,0 +1,200 @@
+"""From an RGB image to the networks' input: resize, scale to [0, 1], normalise. Source: SPEC "Input"."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficientad_fast.errors import InputError
+
+Resize = Literal["antialias", "pillow"]
+"""How an image is brought to the network size, see :func:`preprocess`."""
+
+RESIZES: tuple[Resize, ...] = ("antialias", "pillow")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MINIMUM_SIDE = 256
+"""The last encoder kernel is 8 x 8 after a stride of 32."""
+
+# Pillow multiplies 8-bit values with coefficients of this many fractional bits, so that a sum fits 32 bits.
+_FRACTION_BITS = 32 - 8 - 2
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = (None if isinstance(side, bool) else operator.index(side) for side in size)
+    except (TypeError, ValueError):
+        height = width = None
+    if height is None or width is None:
+        raise InputError(f"size is {size!r}; expected two integers, (height, width) in pixels, such as (256, 256)")
+    if height < 1 or width < 1:
+        raise InputError(f"size is {height} x {width}; expected a height and a width of at least 1 pixel")
+    return height, width
+
+
+def check_network_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return ``size``, (height, width) in pixels, as plain integers where the networks admit it.
+
+    Raises:
+        InputError: ``size`` is not a pair of positive integers, or a side is below 256. The message names the
+            smallest admissible size.
+    """
+    height, width = _checked_size(size)
+    if min(height, width) < MINIMUM_SIDE:
+        raise InputError(
+            f"network size {height} x {width} (height x width) is too small: each side must be at least "
+            f"{MINIMUM_SIDE}; the smallest admissible size with these proportions kept apart is "
+            f"{max(height, MINIMUM_SIDE)} x {max(width, MINIMUM_SIDE)}"
+        )
+    return height, width
+
+
+def _check_image(image: Tensor) -> None:
+    if not isinstance(image, Tensor):
+        raise InputError(f"image is a {type(image).__name__}; expected a torch.Tensor, which decode_image returns")
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise InputError(f"image has shape {tuple(image.shape)}; expected (3, H, W) with H and W of at least 1")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise InputError(f"image has dtype {image.dtype}; expected uint8, or floating point in [0, 1]")
+
+
+def _to_unit_range(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 to ``dtype`` in [0, 1]; a floating-point image is only cast."""
+    return image.to(dtype) / 255 if image.dtype == torch.uint8 else image.to(dtype)
+
+
+def _to_uint8(image: Tensor) -> Tensor:
+    """Floating point in [0, 1] to the nearest of 256 levels, halves to the even one; uint8 is returned as it is."""
+    if image.dtype == torch.uint8:
+        return image
+    return (image.to(torch.float64) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _bilinear_taps(length: int, target: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The taps of Pillow's bilinear filter from ``length`` to ``target`` samples.
+
+    Output ``i`` is the sum over taps ``t`` of ``input[positions[t][i]] * weights[t][i]``, in units of
+    ``2**-22``. Positions are int64 and weights int32, both ``(target,)``. The filter is a triangle whose half
+    width is one input sample, or one output sample where that is wider; weights are normalised in float64.
+    """
+    scale = length / target
+    stretch = max(scale, 1.0)
+    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    # Positive arguments: truncation and floor are the same.
+    first = (centre - stretch + 0.5).clamp(min=0).to(torch.int64)
+    end = (centre + stretch + 0.5).to(torch.int64).clamp(max=length)
+    raw = []
+    # Tap by tap, so that the sums are taken in the order in which Pillow takes them.
+    for tap in range(2 * math.ceil(stretch) + 1):
+        distance = ((first + tap).to(torch.float64) - centre + 0.5) * (1.0 / stretch)
+        raw.append(torch.where(first + tap < end, (1.0 - distance.abs()).clamp(min=0), 0.0))
+    total = torch.zeros_like(centre)
+    for weight in raw:
+        total = total + weight
+    positions = [(first + tap).clamp(max=length - 1) for tap in range(len(raw))]
+    weights = [(weight / total * 2**_FRACTION_BITS + 0.5).to(torch.int32) for weight in raw]
+    return positions, weights
+
+
+def _resize_axis(image: Tensor, axis: int, target: int) -> Tensor:
+    length = image.shape[axis]
+    if length == target:
+        return image
+    positions, weights = _bilinear_taps(length, target)
+    source = image.to(torch.int32)
+    along = (-1, 1) if axis == 1 else (1, -1)
+    total: Tensor | int = 1 << (_FRACTION_BITS - 1)
+    for position, weight in zip(positions, weights, strict=True):
+        total = total + source.index_select(axis, position.to(image.device)) * weight.to(image.device).view(along)
+    assert isinstance(total, Tensor)
+    return (total >> _FRACTION_BITS).clamp(0, 255).to(torch.uint8)
+
+
+def resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pillow's bilinear resize of 8-bit images, bit for bit, in integer arithmetic.
+
+    The horizontal pass comes first and is rounded to 8 bits before the vertical one; a pass that leaves its side
+    as it is is skipped.
+
+    Args:
+        image: ``(3, H, W)`` uint8, or floating point in [0, 1], which is rounded to 8 bits first.
+        size: (height, width) of the result in pixels.
+
+    Returns:
+        ``(3, height, width)`` uint8.
+
+    Raises:
+        InputError: ``image`` has another shape or dtype, or ``size`` is not a pair of positive integers.
+    """
+    _check_image(image)
+    height, width = _checked_size(size)
+    return _resize_axis(_resize_axis(_to_uint8(image), 2, width), 1, height)
+
+
+def resize_antialias(image: Tensor, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Antialiased bilinear resize on floats, ``align_corners=False``.
+
+    Args:
+        image: ``(3, H, W)`` uint8, or floating point in [0, 1].
+        size: (height, width) of the result in pixels.
+        dtype: floating-point type of the arithmetic and of the result.
+
+    Returns:
+        ``(3, height, width)`` of ``dtype`` in [0, 1].
+
+    Raises:
+        InputError: ``image`` has another shape or dtype, or ``size`` is not a pair of positive integers.
+    """
+    _check_image(image)
+    unit = _to_unit_range(image, dtype).unsqueeze(0)
+    return F.interpolate(unit, _checked_size(size), mode="bilinear", antialias=True, align_corners=False).squeeze(0)
+
+
+def preprocess(
+    image: Tensor,
+    size: tuple[int, int],
+    *,
+    resize: str = "antialias",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What the networks see of an image: resized, scaled to [0, 1], ``(x - mean) / std`` per channel.
+
+    Args:
+        image: ``(3, H, W)`` RGB, uint8 or floating point in [0, 1].
+        size: (height, width) of the result in pixels. Any positive size is taken; what the networks admit is
+            :func:`check_network_size`'s to say.
+        resize: ``"antialias"``, bilinear on floats with antialiasing, or ``"pillow"``, Pillow's bilinear on 8-bit
+            values (a floating-point image is rounded to them first).
+        mean, std: one number per channel, in units of [0, 1].
+        dtype: of the result. The arithmetic is in float64 for float64, else in float32, rounded once.
+
+    Returns:
+        ``(3, height, width)`` of ``dtype``, contiguous, on the image's device.
+
+    Raises:
+        InputError: an argument has another type, shape, dtype or value.
+    """
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype is {dtype}; expected a floating-point type such as torch.float32")
+    if len(mean) != 3 or len(std) != 3 or 0 in std:
+        raise InputError(f"mean is {mean!r} and std is {std!r}; expected three numbers each, those of std not zero")
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    if resize == "antialias":
+        resized = resize_antialias(image, size, working)
+    elif resize == "pillow":
+        resized = _to_unit_range(resize_pillow(image, size), working)
+    else:
+        raise InputError(f"resize is {resize!r}; expected one of {', '.join(map(repr, RESIZES))}")
+    shift = torch.tensor(tuple(mean), dtype=working, device=image.device).view(3, 1, 1)
+    scale = torch.tensor(tuple(std), dtype=working, device=image.device).view(3, 1, 1)
+    return ((resized - shift) / scale).to(dtype).contiguous()

@@ -1,0 +1,8 @@
+"""What a person looks at: the HTML report of an evaluation, and anomaly maps laid over their images."""
+
+from __future__ import annotations
+
+from efficientad_fast.report.html import write_report
+from efficientad_fast.report.overlays import overlay, save_overlay
+
+__all__ = ["overlay", "save_overlay", "write_report"]

@@ -1,0 +1,92 @@
+"""Quantiles and threshold from good validation images. Source: paper, section 3.4; SPEC "Maps and score"."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efficientad_fast.data.decode import decode_image
+from efficientad_fast.detector import Detector
+from efficientad_fast.errors import InputError
+from efficientad_fast.reference import maps
+from efficientad_fast.reference.maps import Quantiles
+from efficientad_fast.reference.quantile import streamed_quantiles
+
+START, END = 0.9, 0.995
+
+
+def _checked(start: float, end: float, name: str) -> tuple[float, float]:
+    if not end > start:
+        raise InputError(
+            f"The {START} and {END} quantiles of {name} over the validation images are {start} and {end}, but must "
+            "differ: quantile normalisation would divide by zero. Are the validation images blank or all the same? "
+            "Give more varied ones."
+        )
+    return start, end
+
+
+def calibrate_quantiles(
+    detector: Detector,
+    validation: Sequence[Path],
+    *,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Quantiles:
+    """Exact quantiles of both maps over all pixels of ``validation``, as the detector's map convention takes them.
+
+    Raw maps at feature resolution (25 kB an image) are kept in a temporary file and resized again for each of the
+    two passes that exact quantiles take, so memory does not grow with the number of images.
+
+    Raises:
+        InputError: no images, or a map whose quantiles are equal.
+        ImageError: an image cannot be decoded.
+    """
+    if not validation:
+        raise InputError("Calibration needs at least one validation image, got none.")
+    plan = detector.plan(device)
+    with tempfile.TemporaryDirectory(prefix="efficientad_fast-") as folder:
+        spool: np.memmap | None = None
+        for index, path in enumerate(validation):
+            batch = detector.preprocessing(decode_image(path)).unsqueeze(0)
+            pair = torch.cat(plan.raw_maps(batch)).squeeze(1).float().cpu().numpy()
+            if spool is None:
+                spool = np.memmap(Path(folder) / "maps.f32", np.float32, "w+", shape=(len(validation), *pair.shape))
+            spool[index] = pair
+            if progress:
+                progress(index + 1, len(validation))
+        assert spool is not None
+
+        def one_map(which: int, stored: np.memmap = spool) -> Iterator[Tensor]:
+            for pair in stored:
+                raw = torch.from_numpy(np.array(pair[which]))[None, None]
+                if detector.map_convention == "resized":
+                    raw = maps.resized_raw_map(raw, detector.size, pad_maps=detector.pad_maps)
+                yield raw
+
+        st = _checked(*streamed_quantiles(lambda: one_map(0), (START, END)), "map_st")
+        ae = _checked(*streamed_quantiles(lambda: one_map(1), (START, END)), "map_ae")
+    return Quantiles(st[0], st[1], ae[0], ae[1])
+
+
+THRESHOLD_RULE = "the larger of the highest validation score and their mean plus 3 standard deviations"
+
+
+def threshold_from_scores(scores: Sequence[float]) -> float:
+    """:data:`THRESHOLD_RULE`, for scores of good images alone.
+
+    The highest score keeps every image seen so far below; with few images it is low by chance, and three standard
+    deviations above the mean leave room for those not seen.
+
+    Raises:
+        InputError: no scores, or one that is not finite.
+    """
+    if not scores or not all(np.isfinite(scores)):
+        raise InputError(f"A threshold needs finite scores of good images, got {list(scores)!r}.")
+    spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    return max(max(scores), statistics.fmean(scores) + 3 * spread)

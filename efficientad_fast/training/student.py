@@ -1,0 +1,507 @@
+"""Training a detector: the student and the autoencoder learn good images from a frozen teacher.
+
+Source: paper, section 3 and algorithm 1; SPEC "Training the student and the autoencoder".
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+
+from efficientad_fast.data.decode import decode_image
+from efficientad_fast.data.folders import Dataset, split_validation
+from efficientad_fast.data.textures import synthetic_image
+from efficientad_fast.detector import Detector, Preprocessing, new_networks
+from efficientad_fast.errors import DatasetError, InputError
+from efficientad_fast.files import read_tensors, write_tensors
+from efficientad_fast.plan import parse_device
+from efficientad_fast.reference.losses import hard_feature_loss, mean_squared_error, penalty_loss
+from efficientad_fast.reference.maps import MapConvention
+from efficientad_fast.reference.networks import (
+    FEATURE_BORDER,
+    FEATURE_STRIDE,
+    Autoencoder,
+    PatchDescriptionNetwork,
+    feature_size,
+    normalise_features,
+    split_student,
+)
+from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from efficientad_fast.training.augment import augment, to_grey
+from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate_quantiles, threshold_from_scores
+from efficientad_fast.training.state import fingerprint, interruptible, load_state, save_state, step_seed
+from efficientad_fast.version import __version__
+
+PENALTY_LOAD_SIDE, PENALTY_SIDE, PENALTY_GREY = 512, 256, 0.3
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. The defaults are the paper's; see :func:`quick_training` for minutes on two cores.
+
+    Attributes:
+        crop: side in pixels of the square the student sees in a step, a multiple of 4; ``None`` for the whole
+            image. The autoencoder always sees the whole image. Only without padding, where the PDN on a crop is the
+            crop of the PDN.
+        cache_teacher: compute the teacher's features of the training images once and keep them on disk as float16
+            (2.4 MB an image at 256x256).
+        decay_after: share of the steps after which the learning rate is a tenth.
+        schedule: ``"step"`` as in the paper, or ``"cosine"`` down to zero.
+        hard_fraction: quantile of the squared differences from which on they count.
+        validation_fraction: share of the training images held back where the data set brings no validation images.
+        save_every: steps from one resumable state to the next.
+    """
+
+    steps: int = 70_000
+    batch_size: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-5
+    schedule: Literal["step", "cosine"] = "step"
+    decay_after: float = 0.95
+    hard_fraction: float = 0.999
+    size: tuple[int, int] = (256, 256)
+    padding: bool = False
+    pad_maps: bool = True
+    map_convention: MapConvention = "resized"
+    crop: int | None = None
+    cache_teacher: bool = False
+    validation_fraction: float = 0.1
+    seed: int = 0
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        smallest = (2 * FEATURE_BORDER + 1) * FEATURE_STRIDE
+        if self.crop is not None:
+            if self.padding:
+                raise InputError("crop and padding exclude each other: a padded network on a crop is not its crop.")
+            if not smallest <= self.crop <= min(self.size) or self.crop % FEATURE_STRIDE:
+                raise InputError(
+                    f"crop must be a multiple of 4 from {smallest} to {min(self.size)}, got {self.crop}."
+                )
+
+
+def quick_training(steps: int = 300, seed: int = 0) -> TrainSettings:
+    """Minutes on two cores: few steps of several small crops at a higher rate, with the teacher's features cached."""
+    return TrainSettings(
+        steps=steps,
+        batch_size=4,
+        learning_rate=1e-3,
+        schedule="cosine",
+        hard_fraction=0.99,
+        crop=96,
+        cache_teacher=True,
+        seed=seed,
+        save_every=50,
+    )
+
+
+class Observer(Protocol):
+    """Who watches a training. ``losses`` holds the terms of one step, at most a few times a second."""
+
+    def progress(self, stage: str, done: int, total: int) -> None: ...
+
+    def losses(self, step: int, losses: Mapping[str, float]) -> None: ...
+
+
+class _Silent:
+    def progress(self, stage: str, done: int, total: int) -> None: ...
+
+    def losses(self, step: int, losses: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class PenaltyImages:
+    """Images from outside the domain, for the pretraining penalty: files, or endless ones that the code generates."""
+
+    files: tuple[Path, ...] = ()
+    name: str = "generated images"
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A random one at 512x512, grey with probability 0.3, centre-cropped to 256: ``(3, 256, 256)``, normalised."""
+        if self.files:
+            image = decode_image(self.files[int(torch.randint(len(self.files), (), generator=generator))])
+        else:
+            seed = int(torch.randint(1 << 31, (), generator=generator))
+            image = torch.from_numpy(synthetic_image(0, seed=seed, size=PENALTY_LOAD_SIDE)).permute(2, 0, 1)
+        image = _in_unit_range(image, (PENALTY_LOAD_SIDE, PENALTY_LOAD_SIDE))
+        if torch.rand((), generator=generator).item() < PENALTY_GREY:
+            image = to_grey(image)
+        start = (PENALTY_LOAD_SIDE - PENALTY_SIDE) // 2
+        return _normalised(image[:, start : start + PENALTY_SIDE, start : start + PENALTY_SIDE])
+
+
+def _in_unit_range(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return preprocess(image, size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def _normalised(image: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values, dtype=image.dtype).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (image - mean) / std
+
+
+@dataclass(frozen=True)
+class _StepData:
+    """Input of one step. Crops are of one place for an image and its augmented version."""
+
+    image: Tensor  # (N, 3, c, c), cropped
+    augmented: Tensor  # (N, 3, H, W), whole
+    places: list[tuple[slice, slice]]  # of the crops, in features
+    features: Tensor | None  # (N, 384, f, f) float16 or float32, of the cropped image, where cached
+    penalty: Tensor | None  # (N, 3, c, c)
+
+
+class _Batches:
+    """Draws and loads the data of a step; the same for the same seed and step, whatever came before."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        settings: TrainSettings,
+        penalty: PenaltyImages | None,
+        features: np.ndarray | None,
+    ) -> None:
+        self._paths = paths
+        self._settings = settings
+        self._penalty = penalty
+        self._features = features
+        self._feature_size = feature_size(settings.size, padding=settings.padding)
+
+    def _indices(self, step: int) -> list[int]:
+        """Every image once an epoch, each epoch in an order of its own."""
+        first = step * self._settings.batch_size
+        count = len(self._paths)
+        indices = []
+        for position in range(first, first + self._settings.batch_size):
+            epoch, offset = divmod(position, count)
+            generator = torch.Generator().manual_seed(step_seed(self._settings.seed, epoch, "epoch"))
+            indices.append(int(torch.randperm(count, generator=generator)[offset]))
+        return indices
+
+    def _place(self, generator: torch.Generator) -> tuple[slice, slice]:
+        crop = self._settings.crop
+        if crop is None:
+            return slice(0, self._feature_size[0]), slice(0, self._feature_size[1])
+        features = crop // FEATURE_STRIDE - 2 * FEATURE_BORDER
+        starts = [int(torch.randint(side - features + 1, (), generator=generator)) for side in self._feature_size]
+        return slice(starts[0], starts[0] + features), slice(starts[1], starts[1] + features)
+
+    def crop(self, image: Tensor, place: tuple[slice, slice]) -> Tensor:
+        """The pixels of ``(..., H, W)`` that the features at ``place`` see."""
+        if self._settings.crop is None:
+            return image
+        top, left = (part.start * FEATURE_STRIDE for part in place)
+        return image[..., top : top + self._settings.crop, left : left + self._settings.crop]
+
+    def load(self, step: int) -> _StepData:
+        generator = torch.Generator().manual_seed(step_seed(self._settings.seed, step, "data"))
+        images, augmented, places, features, penalties = [], [], [], [], []
+        for index in self._indices(step):
+            image = _in_unit_range(decode_image(self._paths[index]), self._settings.size)
+            place = self._place(generator)
+            places.append(place)
+            images.append(self.crop(_normalised(image), place))
+            augmented.append(_normalised(augment(image, generator)))
+            if self._features is not None:
+                features.append(torch.from_numpy(np.array(self._features[index][place])).movedim(-1, 0))
+            if self._penalty is not None:
+                penalty = self._penalty.draw(generator)
+                side = min(self._settings.crop or PENALTY_SIDE, PENALTY_SIDE)
+                top, left = (int(torch.randint(PENALTY_SIDE - side + 1, (), generator=generator)) for _ in range(2))
+                penalties.append(penalty[:, top : top + side, left : left + side])
+        return _StepData(
+            torch.stack(images),
+            torch.stack(augmented),
+            places,
+            torch.stack(features) if features else None,
+            torch.stack(penalties) if penalties else None,
+        )
+
+    def ahead(self, first: int, last: int) -> Iterator[tuple[int, _StepData]]:
+        """The steps' data in order, each loaded in a thread while the step before it computes."""
+        with ThreadPoolExecutor(1, thread_name_prefix="efficientad_fast-load") as pool:
+            following: Future[_StepData] | None = None
+            for step in range(first, last):
+                current = following or pool.submit(self.load, step)
+                following = pool.submit(self.load, step + 1) if step + 1 < last else None
+                yield step, current.result()
+
+
+def step_losses(
+    teacher: nn.Module,
+    student: nn.Module,
+    autoencoder: nn.Module,
+    data: _StepData,
+    batches: _Batches,
+    mean: Tensor,
+    std: Tensor,
+    hard_fraction: float,
+) -> dict[str, Tensor]:
+    """The terms of one step's loss, scalars; their sum is what is minimised. mean, std: ``(1, 384, 1, 1)``."""
+    device = mean.device
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device).contiguous(memory_format=torch.channels_last)
+
+    def at_places(features: Tensor) -> Tensor:
+        pairs = zip(features, data.places, strict=True)
+        return torch.stack([one[:, rows, columns] for one, (rows, columns) in pairs])
+
+    image, whole = place(data.image), place(data.augmented)
+    part = place(
+        torch.stack([batches.crop(one, spot) for one, spot in zip(data.augmented, data.places, strict=True)])
+    )
+    with torch.no_grad():
+        if data.features is None:
+            teacher_image = normalise_features(teacher(image), mean, std)
+        else:
+            teacher_image = normalise_features(data.features.to(device, mean.dtype), mean, std)
+        teacher_augmented = normalise_features(teacher(part), mean, std)
+    student_st, _ = split_student(student(image))
+    _, student_ae = split_student(student(part))
+    decoded = at_places(autoencoder(whole))
+    losses = {
+        "hard": hard_feature_loss(teacher_image, student_st, hard_fraction),
+        "ae": mean_squared_error(teacher_augmented, decoded),
+        "stae": mean_squared_error(decoded, student_ae),
+    }
+    if data.penalty is not None:
+        losses["penalty"] = penalty_loss(split_student(student(place(data.penalty)))[0])
+    return losses
+
+
+def _learning_rate(settings: TrainSettings, step: int) -> float:
+    if settings.schedule == "cosine":
+        return settings.learning_rate * 0.5 * (1 + float(np.cos(np.pi * step / settings.steps)))
+    return settings.learning_rate * (1.0 if step < settings.decay_after * settings.steps else 0.1)
+
+
+def teacher_statistics(
+    teacher: nn.Module,
+    paths: Sequence[Path],
+    settings: TrainSettings,
+    device: torch.device,
+    cache: Path | None,
+    observer: Observer,
+) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    """Channel mean and standard deviation of the teacher over ``paths``, summed in float64: two ``(384,)`` float32.
+
+    With ``cache``, a file for them, the features themselves as well: ``(n, h, w, 384)`` float16, not normalised.
+
+    Raises:
+        ImageError: an image cannot be decoded. InputError: a channel that never changes.
+    """
+    height, width = feature_size(settings.size, padding=settings.padding)
+    features: np.ndarray | None = None
+    total = squares = torch.zeros(())
+    for index, path in enumerate(paths):
+        image = _normalised(_in_unit_range(decode_image(path), settings.size)).unsqueeze(0)
+        with torch.inference_mode():
+            output = teacher(image.to(device).contiguous(memory_format=torch.channels_last))[0]
+        if cache is not None:
+            if features is None:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                features = open_memmap(cache, "w+", np.float16, (len(paths), height, width, len(output)))
+            features[index] = output.movedim(0, -1).half().cpu().numpy()
+        flat = output.flatten(1).double()
+        total = total.to(flat) + flat.sum(1)
+        squares = squares.to(flat) + (flat**2).sum(1)
+        observer.progress("teacher statistics", index + 1, len(paths))
+    count = len(paths) * height * width
+    mean = total / count
+    std = (squares / count - mean**2).clamp_min(0).sqrt()
+    if not bool((std > 0).all()):
+        raise InputError(
+            f"{int((std <= 0).sum())} of the teacher's {len(std)} channels have the same value everywhere in the "
+            f"{len(paths)} training images, so they cannot be normalised. Are the images blank?"
+        )
+    return mean.float().cpu(), std.float().cpu(), features
+
+
+def _kept_statistics(
+    teacher: nn.Module,
+    paths: Sequence[Path],
+    settings: TrainSettings,
+    device: torch.device,
+    work: Path,
+    run: Mapping[str, Any],
+    observer: Observer,
+) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    """:func:`teacher_statistics`, or what an interrupted run with the same images and settings left of it."""
+    kept, cache = work / "statistics.safetensors", work / "teacher_features.npy" if settings.cache_teacher else None
+    identity = {"run": json.dumps(dict(run), sort_keys=True)}
+    if kept.exists():
+        tensors, metadata = read_tensors(kept)
+        if metadata == identity:
+            return tensors["mean"], tensors["std"], None if cache is None else np.load(cache, mmap_mode="r")
+    mean, std, features = teacher_statistics(teacher, paths, settings, device, cache, observer)
+    if isinstance(features, np.memmap):
+        features.flush()
+    write_tensors(kept, {"mean": mean, "std": std}, identity)
+    return mean, std, features
+
+
+def _split(dataset: Dataset, settings: TrainSettings) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    if dataset.validation:
+        return dataset.train, dataset.validation
+    if len(dataset.train) < 2:
+        raise DatasetError(
+            f"{dataset.root} holds {len(dataset.train)} training image(s), but at least 2 are needed: one to train on "
+            "and one to calibrate on. Add good images."
+        )
+    return split_validation(dataset.train, settings.validation_fraction, settings.seed)
+
+
+def train(
+    dataset: Dataset,
+    out: str | os.PathLike[str],
+    settings: TrainSettings,
+    *,
+    teacher: PatchDescriptionNetwork,
+    teacher_provenance: Mapping[str, Any],
+    penalty: PenaltyImages | None = None,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    observer: Observer | None = None,
+) -> Detector:
+    """Train a detector on a data set's good images and save it to ``out``.
+
+    A folder ``OUT.training`` beside it holds the resumable state and the cache, and is removed at the end.
+
+    Args:
+        dataset: where it has no validation images, a tenth of the training images is held back.
+        teacher: its size becomes the student's.
+        penalty: images for the pretraining penalty; ``None`` leaves the penalty out, which the provenance says.
+        resume: continue from the state beside ``out``, where there is one, to the same result as without a break.
+
+    Returns:
+        The detector as saved, with quantiles and threshold from the validation images.
+
+    Raises:
+        DatasetError, ImageError, InputError: the images or the settings do not do.
+        KeyboardInterrupt: after Ctrl-C, with the state saved; resume continues.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    observer = observer or _Silent()
+    target = parse_device(device)
+    paths, validation = _split(dataset, settings)
+    work = out.with_name(out.name + ".training")
+    state_file = work / "state.safetensors"
+    run = {
+        **json.loads(json.dumps({key: value for key, value in asdict(settings).items() if key != "save_every"})),
+        "images": fingerprint(paths),
+        "penalty images": None if penalty is None else fingerprint(penalty.files) if penalty.files else penalty.name,
+        "teacher": dict(teacher_provenance),
+    }
+    if not resume and work.exists():
+        shutil.rmtree(work)
+
+    teacher = teacher.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    mean, std, features = _kept_statistics(teacher, paths, settings, target, work, run, observer)
+    student, autoencoder = new_networks(teacher.model_size, padding=settings.padding, seed=settings.seed)
+    for network in (student, autoencoder):
+        network.to(device=target, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimiser = torch.optim.Adam(
+        itertools.chain(student.parameters(), autoencoder.parameters()),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    trained = {"student": student, "autoencoder": autoencoder}
+    first = load_state(state_file, trained, optimiser, run) if resume and state_file.exists() else 0
+    _take_steps(
+        teacher, student, autoencoder, optimiser, _Batches(paths, settings, penalty, features), settings,
+        first, (mean.to(target), std.to(target)), lambda step: save_state(state_file, trained, optimiser, step, run),
+        observer,
+    )  # fmt: skip
+    detector = Detector(
+        teacher.cpu(),
+        student.cpu(),
+        autoencoder.cpu(),
+        mean,
+        std,
+        preprocessing=Preprocessing(size=settings.size),
+        map_convention=settings.map_convention,
+        pad_maps=settings.pad_maps,
+    )
+    quantiles = calibrate_quantiles(
+        detector,
+        validation,
+        device=target,
+        progress=lambda done, total: observer.progress("quantiles", done, total),
+    )
+    detector = detector.replaced(quantiles=quantiles)
+    scores = []
+    for prediction in detector.stream(validation, device=target):
+        scores.append(prediction.score)
+        observer.progress("threshold", len(scores), len(validation))
+    provenance = {
+        "data": dataset.name,
+        "training_images": len(paths),
+        "validation_images": len(validation),
+        "steps": settings.steps,
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "penalty": "none" if penalty is None else penalty.name,
+        "teacher": dict(teacher_provenance),
+        "threshold_rule": THRESHOLD_RULE,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seconds": round(time.monotonic() - started),
+        "versions": {"efficientad_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    detector = detector.replaced(threshold=threshold_from_scores(scores), provenance=provenance)
+    detector.save(out)
+    del features
+    shutil.rmtree(work)
+    return detector
+
+
+def _take_steps(
+    teacher: nn.Module,
+    student: nn.Module,
+    autoencoder: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batches: _Batches,
+    settings: TrainSettings,
+    first: int,
+    statistics: tuple[Tensor, Tensor],
+    save: Any,
+    observer: Observer,
+) -> None:
+    mean, std = (statistic.view(1, -1, 1, 1) for statistic in statistics)
+    reported = 0.0
+    with interruptible() as interruption, torch.random.fork_rng():
+        for step, data in batches.ahead(first, settings.steps):
+            torch.manual_seed(step_seed(settings.seed, step, "dropout"))
+            for group in optimiser.param_groups:
+                group["lr"] = _learning_rate(settings, step)
+            losses = step_losses(
+                teacher, student, autoencoder, data, batches, mean, std, settings.hard_fraction
+            )
+            optimiser.zero_grad(set_to_none=True)
+            torch.stack(list(losses.values())).sum().backward()
+            optimiser.step()
+            if time.monotonic() - reported > 0.5 or step + 1 == settings.steps:
+                reported = time.monotonic()
+                observer.losses(step, {name: value.item() for name, value in losses.items()})
+            observer.progress("steps", step + 1, settings.steps)
+            if interruption.requested or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                save(step + 1)
+            if interruption.requested:
+                raise KeyboardInterrupt

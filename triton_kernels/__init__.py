@@ -1,0 +1,1 @@
+"""Triton kernels, a module per operator. Installs as ``efficientad_fast.triton_kernels``."""
