@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from efficientad_fast.errors import EfficientADError, InputError
+
+if TYPE_CHECKING:
+    from efficientad_fast.evaluation import Evaluation
 
 app = typer.Typer(
     help="Visual anomaly detection with EfficientAD: train on good images, predict, evaluate.",
@@ -289,21 +292,25 @@ def evaluate(
         if report is not None:
             write_report(evaluation, report, detector_summary=detector.summary())
             console.print(f"report: {escape(str(report.resolve()))}", soft_wrap=True)
-        if evaluation.failures:
-            for row in evaluation.failures:
+        if evaluation.failed:
+            for row in evaluation.failed:
                 errors.print(f"[red]failed:[/red] {escape(str(row.error))}", soft_wrap=True)
             raise typer.Exit(1)
 
 
-def _print_evaluation(evaluation: Any) -> None:
+def _print_evaluation(evaluation: Evaluation) -> None:
     def figure(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
 
-    table = Table("defect", "images", "image AUROC")
-    for name, count, value in evaluation.auroc_rows():
-        table.add_row(name, str(count), figure(value))
+    table = Table("test images", "scored", "flagged", "image AUROC")
+    table.add_row("good", str(evaluation.good.images), str(evaluation.good.flagged), "")
+    for name, kind in (*evaluation.kinds.items(), *((f"all {name}", kind) for name, kind in evaluation.groups.items())):
+        table.add_row(escape(name), str(kind.images), str(kind.flagged), figure(kind.auroc))
+    table.add_row("all", str(len(evaluation.images) - len(evaluation.failed)), "", figure(evaluation.auroc))
     console.print(table)
     console.print(f"pixel AUROC {figure(evaluation.pixel_auroc)}, AU-PRO (0.3) {figure(evaluation.au_pro)}")
+    for note in evaluation.notes:
+        console.print(escape(note), soft_wrap=True)
 
 
 @app.command()

@@ -128,8 +128,8 @@ class Evaluation:
         root: its folder.
         threshold: the detector's.
         images: one result for each test image, in the data set's order.
-        auroc: image AUROC of all anomalous images against all good ones; ``None`` without images of both kinds.
         good: the good images.
+        defective: all anomalous images.
         kinds: each kind of defect, in order of name.
         groups: kinds taken together, those of :data:`GROUPS` that occur.
         pixel_auroc, au_pro: over good images and anomalous ones with ground truth, at the size of the maps (masks are resized to
@@ -144,8 +144,8 @@ class Evaluation:
     root: Path
     threshold: float
     images: tuple[ImageResult, ...] = field(repr=False)
-    auroc: float | None
     good: KindResult
+    defective: KindResult
     kinds: dict[str, KindResult]
     groups: dict[str, KindResult]
     pixel_auroc: float | None
@@ -154,6 +154,11 @@ class Evaluation:
     seconds: float
     settings: dict[str, str | int]
     notes: tuple[str, ...]
+
+    @property
+    def auroc(self) -> float | None:
+        """Image AUROC of all anomalous images against all good ones; ``None`` without images of both."""
+        return self.defective.auroc
 
     @property
     def failed(self) -> tuple[ImageResult, ...]:
@@ -178,6 +183,7 @@ class Evaluation:
             "au_pro": self.au_pro,
             "au_pro_fpr_limit": FPR_LIMIT,
             "good": _kind_to_dict(self.good),
+            "defective": _kind_to_dict(self.defective),
             "kinds": {name: _kind_to_dict(kind) for name, kind in self.kinds.items()},
             "groups": {name: _kind_to_dict(kind) for name, kind in self.groups.items()},
             "confusion": {
@@ -330,8 +336,8 @@ def summarize(
         root=root,
         threshold=threshold,
         images=results,
-        auroc=_auroc(scored),
         good=_kind(good, []),
+        defective=_kind([image for image in results if image.anomalous], good),
         kinds={name: _kind([image for image in results if image.defect == name], good) for name in defects},
         groups=groups,
         pixel_auroc=pixel_figures[0],

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efficientad_fast.errors import InputError
+from efficientad_fast.reference.networks import SMALLEST_SIDE
 
 Resize = Literal["antialias", "pillow"]
 """How an image is brought to the network size, see :func:`preprocess`."""
@@ -20,9 +21,6 @@ RESIZES: tuple[Resize, ...] = ("antialias", "pillow")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-MINIMUM_SIDE = 256
-"""The last encoder kernel is 8 x 8 after a stride of 32."""
 
 # Pillow multiplies 8-bit values with coefficients of this many fractional bits, so that a sum fits 32 bits.
 _FRACTION_BITS = 32 - 8 - 2
@@ -48,11 +46,11 @@ def check_network_size(size: tuple[int, int]) -> tuple[int, int]:
             smallest admissible size.
     """
     height, width = _checked_size(size)
-    if min(height, width) < MINIMUM_SIDE:
+    if min(height, width) < SMALLEST_SIDE:
         raise InputError(
             f"network size {height} x {width} (height x width) is too small: each side must be at least "
-            f"{MINIMUM_SIDE}; the smallest admissible size with these proportions kept apart is "
-            f"{max(height, MINIMUM_SIDE)} x {max(width, MINIMUM_SIDE)}"
+            f"{SMALLEST_SIDE}; the nearest admissible size is "
+            f"{max(height, SMALLEST_SIDE)} x {max(width, SMALLEST_SIDE)}"
         )
     return height, width
 
@@ -78,12 +76,12 @@ def _to_uint8(image: Tensor) -> Tensor:
     return (image.to(torch.float64) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _bilinear_taps(length: int, target: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The taps of Pillow's bilinear filter from ``length`` to ``target`` samples.
+def _bilinear_taps(length: int, target: int) -> list[tuple[Tensor, Tensor]]:
+    """The taps of Pillow's bilinear filter from ``length`` to ``target`` samples, each ``(positions, weights)``.
 
-    Output ``i`` is the sum over taps ``t`` of ``input[positions[t][i]] * weights[t][i]``, in units of
-    ``2**-22``. Positions are int64 and weights int32, both ``(target,)``. The filter is a triangle whose half
-    width is one input sample, or one output sample where that is wider; weights are normalised in float64.
+    Output ``i`` is the sum over taps of ``input[positions[i]] * weights[i]``, in units of ``2**-22``. Positions are
+    int64 and weights int32, both ``(target,)``. The filter is a triangle whose half width is one input sample, or
+    one output sample where that is wider; weights are normalised in float64.
     """
     scale = length / target
     stretch = max(scale, 1.0)
@@ -99,30 +97,31 @@ def _bilinear_taps(length: int, target: int) -> tuple[list[Tensor], list[Tensor]
     total = torch.zeros_like(centre)
     for weight in raw:
         total = total + weight
-    positions = [(first + tap).clamp(max=length - 1) for tap in range(len(raw))]
-    weights = [(weight / total * 2**_FRACTION_BITS + 0.5).to(torch.int32) for weight in raw]
-    return positions, weights
+    return [
+        ((first + tap).clamp(max=length - 1), (weight / total * 2**_FRACTION_BITS + 0.5).to(torch.int32))
+        for tap, weight in enumerate(raw)
+    ]
 
 
-def _resize_axis(image: Tensor, axis: int, target: int) -> Tensor:
-    length = image.shape[axis]
+def _resize_rows(image: Tensor, target: int) -> Tensor:
+    """Resize the second axis of ``(3, length, any)`` uint8 to ``target`` samples; no pass where it has them."""
+    length = image.shape[1]
     if length == target:
         return image
-    positions, weights = _bilinear_taps(length, target)
     source = image.to(torch.int32)
-    along = (-1, 1) if axis == 1 else (1, -1)
-    total: Tensor | int = 1 << (_FRACTION_BITS - 1)
-    for position, weight in zip(positions, weights, strict=True):
-        total = total + source.index_select(axis, position.to(image.device)) * weight.to(image.device).view(along)
-    assert isinstance(total, Tensor)
+    total = torch.full((3, target, image.shape[2]), 1 << (_FRACTION_BITS - 1), dtype=torch.int32, device=image.device)
+    for positions, weights in _bilinear_taps(length, target):
+        total += source.index_select(1, positions.to(image.device)) * weights.to(image.device).view(-1, 1)
     return (total >> _FRACTION_BITS).clamp(0, 255).to(torch.uint8)
 
 
 def resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Pillow's bilinear resize of 8-bit images, bit for bit, in integer arithmetic.
 
-    The horizontal pass comes first and is rounded to 8 bits before the vertical one; a pass that leaves its side
-    as it is is skipped.
+    The horizontal pass comes first and is rounded to 8 bits before the vertical one; a pass that would keep its
+    side's length is left out. Pillow 3.3 to 12 do this for every size. Pillow 13 takes the vertical pass first for
+    some sizes that shrink the height, which moves some values by one level; here the order stays, so that a
+    detector's scores do not hang on the installed Pillow.
 
     Args:
         image: ``(3, H, W)`` uint8, or floating point in [0, 1], which is rounded to 8 bits first.
@@ -136,7 +135,8 @@ def resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
     """
     _check_image(image)
     height, width = _checked_size(size)
-    return _resize_axis(_resize_axis(_to_uint8(image), 2, width), 1, height)
+    columns_first = _resize_rows(_to_uint8(image).transpose(1, 2).contiguous(), width)
+    return _resize_rows(columns_first.transpose(1, 2).contiguous(), height)
 
 
 def resize_antialias(image: Tensor, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:

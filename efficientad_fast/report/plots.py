@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientad_fast.evaluation import Evaluation, ImageResult
+from efficientad_fast.evaluation import GOOD, Evaluation
 from efficientad_fast.metrics import roc_curve
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ def score_histogram(evaluation: Evaluation) -> str:
     scores are positive and some are far above the median.
 
     Returns:
-        An ``<svg>`` element, or an empty string where no image was scored.
+        An ``<svg>`` element, or an empty string where no image has a finite score.
     """
-    rows = [("good", "--good", _scores(evaluation, "good"))]
+    rows = [(GOOD, "--good", _scores(evaluation, GOOD))]
     rows += [(kind, kind_colour(index), _scores(evaluation, kind)) for index, kind in enumerate(evaluation.kinds)]
     rows = [row for row in rows if row[2].size]
-    if not rows:
+    everything = np.concatenate([scores[np.isfinite(scores)] for _, _, scores in rows]) if rows else np.empty(0)
+    if everything.size == 0:
         return ""
-    everything = np.concatenate([scores for _, _, scores in rows])
     threshold = evaluation.threshold
     marks = np.append(everything, threshold) if np.isfinite(threshold) else everything
     low, high = float(marks.min()), float(marks.max())
@@ -68,7 +68,7 @@ def score_histogram(evaluation: Evaluation) -> str:
         low, high = low - 0.5, high + 0.5
     edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
 
-    with _figure(0.85 + 0.5 * len(rows)) as (figure, svg):
+    with _figure("histogram", 0.85 + 0.5 * len(rows)) as (figure, svg):
         axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, gridspec_kw={"hspace": 0.25})[:, 0]
         for axis, (name, colour, scores) in zip(axes, rows, strict=True):
             counts = np.histogram(np.clip(scores, low, high), edges)[0]
@@ -113,8 +113,8 @@ def roc_plot(evaluation: Evaluation) -> str:
     """
     if evaluation.auroc is None:
         return ""
-    good = _scores(evaluation, "good")
-    with _figure(3.75) as (figure, svg):
+    good = _scores(evaluation, GOOD)
+    with _figure("roc", 3.75) as (figure, svg):
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color=_STAND_INS["--line"], linewidth=1)
         everything = []
@@ -149,11 +149,8 @@ def _curve(
 
 
 def _scores(evaluation: Evaluation, kind: str) -> NDArray[np.float64]:
-    """Scores of one kind's images, infinities replaced by the largest finite numbers that a plot can place."""
-    chosen: list[ImageResult] = [i for i in evaluation.images if i.error is None and i.defect == kind]
-    scores = np.array([image.score for image in chosen], dtype=np.float64)
-    finite = [image.score for image in evaluation.images if np.isfinite(image.score)]
-    return np.clip(scores, min(finite), max(finite)) if finite else scores[:0]
+    chosen = (image.score for image in evaluation.images if image.error is None and image.defect == kind)
+    return np.fromiter(chosen, dtype=np.float64)
 
 
 def _shortened(name: str, length: int = 22) -> str:
@@ -168,7 +165,7 @@ def _quiet(axis: Axes, *, left: bool) -> None:
 
 
 @contextmanager
-def _figure(height: float) -> Iterator[tuple[Figure, list[str]]]:
+def _figure(name: str, height: float) -> Iterator[tuple[Figure, list[str]]]:
     """A figure to draw in, and a list that holds its SVG afterwards."""
     # Imported here: it takes half a second, which whoever wants an overlay should not wait for.
     from matplotlib import rc_context
@@ -186,7 +183,7 @@ def _figure(height: float) -> Iterator[tuple[Figure, list[str]]]:
         "xtick.labelcolor": muted,
         "ytick.labelcolor": muted,
         "svg.fonttype": "none",
-        "svg.hashsalt": "efficientad_fast",
+        "svg.hashsalt": name,
     }
     written: list[str] = []
     with rc_context(settings):
@@ -194,13 +191,15 @@ def _figure(height: float) -> Iterator[tuple[Figure, list[str]]]:
         yield figure, written
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    written.append(_for_page(buffer.getvalue(), prefix=f"p{len(written)}"))
+    written.append(_for_page(buffer.getvalue()))
 
 
-def _for_page(svg: str, prefix: str) -> str:
+def _for_page(svg: str) -> str:
     """The ``<svg>`` element of a matplotlib file, in the page's colours and font, sized by the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    # Names that nothing refers to would occur twice on a page with two plots.
+    svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|legend|matplotlib|xtick|ytick)[\w.]*"', "", svg)
     for variable, stand_in in _STAND_INS.items():
         svg = svg.replace(stand_in, f"var({variable})")
     svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1; font-family: inherit", svg)
