@@ -28,7 +28,7 @@ from efficientad_fast.reference.networks import FEATURE_CHANNELS, Autoencoder, P
 from efficientad_fast.reference.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ResizeMethod,
+    Resize,
     check_network_size,
     preprocess,
 )
@@ -48,14 +48,14 @@ class Preprocessing:
     """
 
     size: tuple[int, int] = (256, 256)
-    resize: ResizeMethod = "antialias"
+    resize: Resize = "antialias"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", check_network_size(self.size))
-        if self.resize not in get_args(ResizeMethod):
-            raise InputError(f"resize must be one of {', '.join(get_args(ResizeMethod))}, got {self.resize!r}.")
+        if self.resize not in get_args(Resize):
+            raise InputError(f"resize must be one of {', '.join(get_args(Resize))}, got {self.resize!r}.")
 
     def __call__(self, image: Tensor) -> Tensor:
         """``(3, H, W)`` uint8 or float in [0, 1] to ``(3, *size)`` float32, normalised."""

@@ -91,8 +91,12 @@ class _Surface:
         self.shadow = shadow
         """Direction in which shadows fall, as long as a shadow of something one unit high."""
         width, height = (2 * round(half * self.scale) for half in _CANVAS_HALF)
-        self.x: Floats = ((np.arange(width, dtype=np.float32) + 0.5) / self.scale - width / 2 / self.scale)[None, :]
-        self.y: Floats = ((np.arange(height, dtype=np.float32) + 0.5) / self.scale - height / 2 / self.scale)[:, None]
+        self.x: Floats = ((np.arange(width, dtype=np.float32) + 0.5) / self.scale - width / 2 / self.scale)[
+            None, :
+        ]
+        self.y: Floats = ((np.arange(height, dtype=np.float32) + 0.5) / self.scale - height / 2 / self.scale)[
+            :, None
+        ]
         self.colour = np.zeros((height, width, 3), np.float32)
         self.height = np.zeros((height, width), np.float32)
         """In canvas pixels."""
@@ -122,7 +126,8 @@ class _Surface:
     def _span(self, centre: float, reach: float, length: int) -> slice:
         middle = length / 2 + centre * self.scale
         return slice(
-            max(0, math.floor(middle - reach * self.scale)), min(length, math.ceil(middle + reach * self.scale) + 1)
+            max(0, math.floor(middle - reach * self.scale)),
+            min(length, math.ceil(middle + reach * self.scale) + 1),
         )
 
     def inside(self, distance: Floats) -> Floats:
@@ -269,7 +274,9 @@ def _draw_plate(surface: _Surface, rng: Rng, metal: float) -> None:
     grain += np.float32(0.015) * _smooth_noise(rng, height, width, 7)
     direction, place = rng.uniform(0, math.pi), rng.uniform(-0.3, 0.3)
     across = surface.x * np.float32(math.cos(direction)) + surface.y * np.float32(math.sin(direction))
-    sheen = np.float32(rng.uniform(0.0, 0.12)) * np.exp(-(((across - np.float32(place)) / np.float32(0.16)) ** 2))
+    sheen = np.float32(rng.uniform(0.0, 0.12)) * np.exp(
+        -(((across - np.float32(place)) / np.float32(0.16)) ** 2)
+    )
     brightness = np.float32(metal) + grain + sheen
     surface.colour[:] = brightness[..., None] * np.array((0.99, 1.0, 1.025), np.float32)
     surface.gloss[:] = 0.25
@@ -277,7 +284,9 @@ def _draw_plate(surface: _Surface, rng: Rng, metal: float) -> None:
 
 def _draw_screw(surface: _Surface, centre: Point, angle: float) -> None:
     """A cross-head screw on its washer."""
-    surface.lay(_disc(_WASHER_RADIUS), centre, 0.05, (0.72, 0.72, 0.70), thickness=0.004, bevel=0.003, gloss=0.4)
+    surface.lay(
+        _disc(_WASHER_RADIUS), centre, 0.05, (0.72, 0.72, 0.70), thickness=0.004, bevel=0.003, gloss=0.4
+    )
     surface.lay(
         _disc(0.026), centre, 0.04, (0.50, 0.50, 0.51), base=0.004, thickness=0.009, bevel=0.018, gloss=0.5
     )
@@ -287,7 +296,9 @@ def _draw_screw(surface: _Surface, centre: Point, angle: float) -> None:
 
 def _draw_connector(surface: _Surface, centre: Point) -> None:
     """A housing with two columns of five pins."""
-    surface.lay(_box(0.056, 0.125, 0.008), centre, 0.15, (0.84, 0.83, 0.78), thickness=0.022, bevel=0.008, gloss=0.1)
+    surface.lay(
+        _box(0.056, 0.125, 0.008), centre, 0.15, (0.84, 0.83, 0.78), thickness=0.022, bevel=0.008, gloss=0.1
+    )
     key = (centre[0] - 0.056, centre[1])
     surface.lay(_box(0.012, 0.035), key, 0.05, (0.80, 0.79, 0.74), thickness=0.016, bevel=0.006, casts=False)
     for row in range(5):
@@ -295,13 +306,22 @@ def _draw_connector(surface: _Surface, centre: Point) -> None:
             pin = (centre[0] + 0.025 * column, centre[1] + 0.045 * (row - 2))
             surface.engrave(_box(0.0155, 0.0155, 0.003), pin, 0.025, depth=0.004, dark=0.22)
             surface.lay(
-                _box(0.006, 0.006), pin, 0.012, (0.85, 0.68, 0.30), base=0.010, thickness=0.006, gloss=0.5, casts=False
+                _box(0.006, 0.006),
+                pin,
+                0.012,
+                (0.85, 0.68, 0.30),
+                base=0.010,
+                thickness=0.006,
+                gloss=0.5,
+                casts=False,
             )
 
 
 def _draw_relay(surface: _Surface, centre: Point) -> None:
     """A black block with a notch and printing."""
-    surface.lay(_box(0.11, 0.082, 0.01), centre, 0.14, (0.13, 0.135, 0.15), thickness=0.03, bevel=0.012, gloss=0.25)
+    surface.lay(
+        _box(0.11, 0.082, 0.01), centre, 0.14, (0.13, 0.135, 0.15), thickness=0.03, bevel=0.012, gloss=0.25
+    )
     surface.engrave(_disc(0.011), (centre[0] - 0.085, centre[1] - 0.055), 0.02, depth=0.004, dark=0.6)
     ink: Colour = (0.75, 0.75, 0.72)
     surface.print_cells(_digits([2, 4, 0, 5]), (centre[0] + 0.005, centre[1] - 0.03), 0.0072, 0.0, ink, 0.85)
@@ -337,16 +357,34 @@ def _draw_fuse(surface: _Surface, centre: Point, colour: Colour) -> None:
     """A blade fuse in its black holder."""
     half_width, half_height = _FUSE_HALF
     surface.lay(
-        _box(half_width + 0.006, half_height + 0.006, 0.006), centre, 0.11, (0.17, 0.17, 0.18), thickness=0.010
+        _box(half_width + 0.006, half_height + 0.006, 0.006),
+        centre,
+        0.11,
+        (0.17, 0.17, 0.18),
+        thickness=0.010,
     )
     surface.lay(
-        _box(half_width, half_height, 0.010), centre, 0.11, colour, base=0.010, thickness=0.018, bevel=0.014, gloss=0.35
+        _box(half_width, half_height, 0.010),
+        centre,
+        0.11,
+        colour,
+        base=0.010,
+        thickness=0.018,
+        bevel=0.014,
+        gloss=0.35,
     )
     surface.engrave(_box(0.010, 0.026, 0.004), centre, 0.05, depth=0.003, dark=0.72)
     for end in (-1, 1):
         contact = (centre[0], centre[1] + end * 0.052)
         surface.lay(
-            _disc(0.008), contact, 0.015, (0.80, 0.80, 0.78), base=0.024, thickness=0.004, gloss=0.5, casts=False
+            _disc(0.008),
+            contact,
+            0.015,
+            (0.80, 0.80, 0.78),
+            base=0.024,
+            thickness=0.004,
+            gloss=0.5,
+            casts=False,
         )
 
 
@@ -355,7 +393,14 @@ def _draw_capacitor(surface: _Surface, centre: Point, angle: float) -> None:
     surface.lay(_disc(0.062), centre, 0.08, (0.12, 0.20, 0.19), thickness=0.034, bevel=0.012, gloss=0.3)
     mark = (centre[0] + 0.054 * math.cos(angle), centre[1] + 0.054 * math.sin(angle))
     surface.lay(
-        _box(0.006, 0.016), mark, 0.03, (0.80, 0.82, 0.80), angle=angle, base=0.034, thickness=0.0005, casts=False
+        _box(0.006, 0.016),
+        mark,
+        0.03,
+        (0.80, 0.82, 0.80),
+        angle=angle,
+        base=0.034,
+        thickness=0.0005,
+        casts=False,
     )
     surface.lay(
         _disc(0.046), centre, 0.06, (0.70, 0.71, 0.72), base=0.034, thickness=0.002, gloss=0.4, casts=False
@@ -400,7 +445,7 @@ class _Mark:
 
 
 def _screw_mark(centre: Point) -> _Mark:
-    return _Mark(_disc(_WASHER_RADIUS + 0.010), centre, 0.06)
+    return _Mark(_disc(_WASHER_RADIUS + 0.007), centre, 0.06)
 
 
 def _missing_screw(arrangement: _Arrangement, rng: Rng) -> list[_Mark]:
@@ -424,9 +469,7 @@ def _swapped_fuses(arrangement: _Arrangement, rng: Rng) -> list[_Mark]:
     fuses[first], fuses[second] = fuses[second], fuses[first]
     shape = _box(_FUSE_HALF[0] + 0.003, _FUSE_HALF[1] + 0.003)
     dx, dy = arrangement.offsets[3].tolist()
-    return [
-        _Mark(shape, (_FUSE_PLACES[i][0] + dx, _FUSE_PLACES[i][1] + dy), 0.11) for i in (first, second)
-    ]
+    return [_Mark(shape, (_FUSE_PLACES[i][0] + dx, _FUSE_PLACES[i][1] + dy), 0.11) for i in (first, second)]
 
 
 # Structural defects: local damage unlike anything on a good part. Each changes the surface in place and returns the
@@ -476,7 +519,9 @@ def _scratch(surface: _Surface, rng: Rng) -> Floats:
         points -= 0.5 * length * np.array((math.cos(direction), math.sin(direction)))
         points += np.array((width, height)) / (2 * surface.scale)
         pen = thickness * (1 - (2 * steps) ** 4)
-        for (x0, y0), (x1, y1), w in zip(points[:-1].tolist(), points[1:].tolist(), pen.tolist(), strict=False):
+        for (x0, y0), (x1, y1), w in zip(
+            points[:-1].tolist(), points[1:].tolist(), pen.tolist(), strict=False
+        ):
             line = [4 * surface.scale * value for value in (x0, y0, x1, y1)]
             draw.line(line, fill=255, width=max(2, round(4 * surface.scale * w)))
         start = start + rng.normal(0, 0.03, 2)
@@ -489,7 +534,7 @@ def _scratch(surface: _Surface, rng: Rng) -> Floats:
     burr = np.maximum(burr * present - groove, 0)
     surface.height -= np.float32(rng.uniform(0.003, 0.005) * surface.scale) * groove
     luminance = surface.colour.mean(axis=2)
-    strength = np.float32(rng.uniform(0.6, 0.9))
+    strength = np.float32(rng.uniform(0.7, 0.95))
     target = np.where(luminance > np.float32(0.4), np.float32(0.20), np.float32(0.80))
     surface.colour += (strength * groove * (target - luminance))[..., None]
     surface.colour += (np.float32(0.3) * strength * burr)[..., None]
@@ -499,7 +544,7 @@ def _scratch(surface: _Surface, rng: Rng) -> Floats:
 
 def _dent(surface: _Surface, rng: Rng) -> Floats:
     """A blow on the open metal: a bowl with a raised rim, its bottom scuffed dull."""
-    radius = float(rng.uniform(0.030, 0.055))
+    radius = float(rng.uniform(0.034, 0.055))
     centre = _bare_place(surface, rng, radius, tries=24)
     window = surface.window(centre, 2.0 * radius)
     area = window.area
@@ -529,7 +574,7 @@ _STAINS: tuple[Colour, ...] = (
 def _stain(surface: _Surface, rng: Rng) -> Floats:
     """A blot of oil, rust, verdigris or flux with a darker edge and drops around it."""
     radius = float(rng.uniform(0.035, 0.085))
-    centre = _bare_place(surface, rng, radius, tries=4)
+    centre = _bare_place(surface, rng, radius, tries=2)
     window = surface.window(centre, 2.6 * radius)
     area = window.area
     distance = _ragged_disc(rng, window, radius, 0.08, 7)
@@ -541,7 +586,9 @@ def _stain(surface: _Surface, rng: Rng) -> Floats:
         distance = np.minimum(distance, drop(u, v))
     covered = np.clip(np.float32(0.5) - distance * np.float32(1 / 0.006), 0, 1) * (surface.coverage[area] > 0)
     edge = np.exp(-((distance / np.float32(0.008)) ** 2))
-    clouds = np.clip(1 + np.float32(0.15) * _smooth_noise(rng, *distance.shape, 9), np.float32(0.6), np.float32(1.3))
+    clouds = np.clip(
+        1 + np.float32(0.15) * _smooth_noise(rng, *distance.shape, 9), np.float32(0.6), np.float32(1.3)
+    )
     opacity = np.clip(np.float32(rng.uniform(0.55, 0.85)) * clouds + np.float32(0.15) * edge, 0, 1) * covered
     colour = np.asarray(_STAINS[rng.integers(len(_STAINS))], np.float32) * np.float32(rng.uniform(0.85, 1.15))
     tint = colour * (1 - np.float32(0.35) * edge)[..., None]
@@ -725,7 +772,9 @@ class Sample:
     mask: NDArray[np.bool_]
 
 
-def render_sample(group: str, index: int, *, seed: int = 0, size: int = 256, flawless: bool = False) -> Sample:
+def render_sample(
+    group: str, index: int, *, seed: int = 0, size: int = 256, flawless: bool = False
+) -> Sample:
     """Render image ``index`` of a group of the sample set.
 
     Args:
@@ -760,9 +809,182 @@ def render_sample(group: str, index: int, *, seed: int = 0, size: int = 256, fla
     defect = np.zeros_like(surface.height)
     for mark in marks:
         window = surface.window(mark.centre, mark.reach)
-        np.maximum(defect[window.area], surface.inside(mark.shape(window.u, window.v)), out=defect[window.area])
+        np.maximum(
+            defect[window.area], surface.inside(mark.shape(window.u, window.v)), out=defect[window.area]
+        )
     outline = surface.coverage.copy()
     if group in _STRUCTURAL and not flawless:
         defect = _STRUCTURAL[group](surface, defect_rng)
     mask = np.asarray(_posed(_as_layer(defect), scene, size)) > 64
     return Sample(_photograph(surface, outline, scene, rng, size), mask)
+
+
+# The set.
+
+
+def _planned_files(description: dict[str, int]) -> list[tuple[str, int, Path, Path | None]]:
+    """Group, index, path of the image and path of the mask, if any, of every sample."""
+    planned: list[tuple[str, int, Path, Path | None]] = []
+    for index in range(description["train"]):
+        planned.append(("train", index, Path("train/good", f"{index:03d}.png"), None))
+    for index in range(description["good"]):
+        planned.append(("good", index, Path("test/good", f"{index:03d}.png"), None))
+    for defect in DEFECTS:
+        for index in range(description["per_defect"]):
+            image = Path("test", defect, f"{index:03d}.png")
+            mask = Path("ground_truth", defect, f"{index:03d}_mask.png")
+            planned.append((defect, index, image, mask))
+    return planned
+
+
+def _check_folder(out: Path, description: dict[str, int]) -> None:
+    """Raise DatasetError unless ``out`` is absent, empty, or a set, whole or begun, of the same description."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DatasetError(f"{out} is a file: a sample set needs a folder. Name another place.")
+    if not any(out.iterdir()):
+        return
+    try:
+        found = json.loads((out / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise DatasetError(
+            f"{out} is not empty and holds no sample set: nothing was written. Name a new or an empty folder."
+        )
+    if found != description:
+        differing = sorted(
+            key for key in description.keys() | found.keys() if description.get(key) != found.get(key)
+        )
+        changes = ", ".join(
+            f"{key} {found.get(key)} there, {description.get(key)} asked for" for key in differing
+        )
+        raise DatasetError(
+            f"{out} holds another sample set ({changes}). Name another folder, or remove that one."
+        )
+
+
+def _write_png(pixels: NDArray[np.uint8], target: Path) -> None:
+    with atomic_path(target) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
+
+
+def generate_sample_set(
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    train: int = 80,
+    good: int = 40,
+    per_defect: int = 10,
+    size: int = 256,
+) -> Path:
+    """Render the sample set into a folder in the layout of MVTec AD.
+
+    Writes ``train/good/000.png``, ``test/good/000.png``, and for each of ``DEFECTS`` ``test/<defect>/000.png`` with
+    ``ground_truth/<defect>/000_mask.png`` (0 and 255), besides ``sample_set.json`` with the parameters. The images
+    depend on the parameters alone, not on their number: image 3 of a small set is image 3 of a large one. A set that
+    was begun with the same parameters is completed; what is there is kept.
+
+    Args:
+        out: the folder to make; may exist if it is empty or holds a set of the same parameters.
+        seed: seed of the whole set, at least 0.
+        train: number of good images to train on, at least 1.
+        good: number of good images to test on, at least 0.
+        per_defect: number of test images for each kind of defect, at least 0.
+        size: height and width of the images in pixels, at least 64.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: a number is out of range.
+        DatasetError: ``out`` is a file, or holds something else; nothing was written.
+    """
+    if train < 1 or min(seed, good, per_defect) < 0 or size < 64:
+        raise InputError(
+            "A sample set needs train >= 1, seed, good and per_defect >= 0, and size >= 64, "
+            f"got train {train}, seed {seed}, good {good}, per_defect {per_defect} and size {size}."
+        )
+    out = Path(out)
+    description = {
+        "generator_version": GENERATOR_VERSION,
+        "seed": seed,
+        "train": train,
+        "good": good,
+        "per_defect": per_defect,
+        "size": size,
+    }
+    _check_folder(out, description)
+    # Written first: a folder that holds it and not all of its images is a set that was interrupted.
+    with atomic_path(out / DESCRIPTION_FILE) as temporary:
+        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    for group, index, image_path, mask_path in _planned_files(description):
+        if (out / image_path).exists() and (mask_path is None or (out / mask_path).exists()):
+            continue
+        sample = render_sample(group, index, seed=seed, size=size)
+        if mask_path is not None:
+            _write_png(np.where(sample.mask, np.uint8(255), np.uint8(0)), out / mask_path)
+        _write_png(sample.image, out / image_path)
+    return out
+
+
+# The baseline that a set must not be solved by.
+
+
+def _blurred(values: Floats, sigma: float) -> Floats:
+    """Gaussian blur with reflected borders."""
+    reach = math.ceil(3 * sigma)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    weights /= weights.sum()
+    for axis in (0, 1):
+        margins = [(0, 0), (0, 0)]
+        margins[axis] = (reach, reach)
+        padded = np.pad(values, margins, mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis)
+        values = (windows @ weights.astype(np.float32)).astype(np.float32)
+    return values
+
+
+def mean_image_baseline(
+    train: Sequence[Path],
+    test: Sequence[Path],
+    *,
+    reduction: Literal["max", "mean", "smoothed_max"] = "smoothed_max",
+) -> list[float]:
+    """Score images by their difference from the mean training image: what a set without variation is solved by.
+
+    Images are scaled to 256x256; the difference is absolute and averaged over the colours.
+
+    Args:
+        train: paths of the good images to average, at least one.
+        test: paths of the images to score.
+        reduction: how the difference (256, 256) becomes a score: its maximum, its mean, or its maximum after a
+            Gaussian blur with a standard deviation of 4 pixels.
+
+    Returns:
+        One score for each test image, in [0, 255].
+
+    Raises:
+        InputError: ``train`` is empty.
+        OSError: an image could not be read.
+    """
+    if not train:
+        raise InputError("The mean training image needs at least one image, got none.")
+
+    def pixels(path: Path) -> Floats:
+        with Image.open(path) as image:
+            scaled = image.convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
+        return np.asarray(scaled, np.float32)
+
+    mean = np.zeros((256, 256, 3), np.float64)
+    for path in train:
+        mean += pixels(path)
+    mean_image = (mean / len(train)).astype(np.float32)
+    scores: list[float] = []
+    for path in test:
+        difference: Floats = np.abs(pixels(path) - mean_image).mean(axis=2)
+        if reduction == "smoothed_max":
+            difference = _blurred(difference, 4.0)
+        scores.append(float(difference.mean() if reduction == "mean" else difference.max()))
+    return scores

@@ -14,10 +14,10 @@ from torch import Tensor
 from efficientad_fast.errors import InputError
 from efficientad_fast.reference.networks import SMALLEST_SIDE
 
-Resize = Literal["antialias", "pillow"]
+ResizeMethod = Literal["antialias", "pillow"]
 """How an image is brought to the network size, see :func:`preprocess`."""
 
-RESIZES: tuple[Resize, ...] = ("antialias", "pillow")
+RESIZE_METHODS: tuple[ResizeMethod, ...] = ("antialias", "pillow")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -194,7 +194,7 @@ def preprocess(
     elif resize == "pillow":
         resized = _to_unit_range(resize_pillow(image, size), working)
     else:
-        raise InputError(f"resize is {resize!r}; expected one of {', '.join(map(repr, RESIZES))}")
+        raise InputError(f"resize is {resize!r}; expected one of {', '.join(map(repr, RESIZE_METHODS))}")
     shift = torch.tensor(tuple(mean), dtype=working, device=image.device).view(3, 1, 1)
     scale = torch.tensor(tuple(std), dtype=working, device=image.device).view(3, 1, 1)
     return ((resized - shift) / scale).to(dtype).contiguous()

@@ -49,6 +49,7 @@ class _Card:
     picture: str  # data URIs; empty where there is none
     heat: str
     mask: str
+    extent: str
     note: str
 
 
@@ -157,7 +158,7 @@ def _evenly(images: Sequence[ImageResult], count: int) -> list[ImageResult]:
 
 
 def _card(evaluation: Evaluation, image: ImageResult, colours: tuple[float, float], side: int) -> _Card:
-    picture = heat = mask = note = ""
+    picture = heat = mask = extent = note = ""
     try:
         pixels = _to_uint8(decode_image(image.path).numpy())
     except ImageError as error:
@@ -173,6 +174,7 @@ def _card(evaluation: Evaluation, image: ImageResult, colours: tuple[float, floa
             except ImageError as error:
                 note = f"The mask can no longer be read: {error}"
             else:
+                extent = f", {100 * truth.mean():.2g} %"
                 mask = _data_uri(_thumbnail(Image.fromarray(truth.astype(np.uint8) * 255), side), "PNG")
     if image.defect == GOOD:
         colour = "--good"
@@ -191,6 +193,7 @@ def _card(evaluation: Evaluation, image: ImageResult, colours: tuple[float, floa
         picture=picture,
         heat=heat,
         mask=mask,
+        extent=extent,
         note=note,
     )
 

@@ -63,7 +63,8 @@ def overlay(
         heat = np.asarray(Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR))
     stops = np.linspace(0.0, 1.0, len(_COLOURS))
     colour = np.stack([np.interp(heat, stops, _COLOURS[:, channel]) for channel in range(3)], axis=-1)
-    opacity = (alpha * np.minimum(heat / _FADE, 1.0))[..., np.newaxis]
+    fade = np.minimum(heat / _FADE, 1.0)
+    opacity = (alpha * fade * fade * (3.0 - 2.0 * fade))[..., np.newaxis]
     return np.rint(image * (1.0 - opacity) + colour * opacity).astype(np.uint8)
 
 

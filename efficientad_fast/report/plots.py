@@ -34,10 +34,10 @@ _STAND_INS = {
     **{f"--kind-{number}": f"#05050{number}" for number in range(1, KIND_COLOURS + 1)},
 }
 
-_WIDTH = 5.4
+_WIDTH = 4.9
 _BINS = 48
 _WIDE_SPREAD = 20.0
-"""Scores that reach this many times their median get a logarithmic axis."""
+"""Scores that reach this many times the median of the first kind get a logarithmic axis."""
 
 
 def kind_colour(index: int) -> str:
@@ -49,7 +49,7 @@ def score_histogram(evaluation: Evaluation) -> str:
     """One small histogram of scores for each kind, good images on top, on one axis with the threshold across.
 
     Each is scaled to its own highest bar: the shapes are compared, not the counts. The axis is logarithmic where all
-    scores are positive and some are far above the median.
+    scores are positive and the highest is far above those of good images.
 
     Returns:
         An ``<svg>`` element, or an empty string where no image has a finite score.
@@ -63,12 +63,14 @@ def score_histogram(evaluation: Evaluation) -> str:
     threshold = evaluation.threshold
     marks = np.append(everything, threshold) if np.isfinite(threshold) else everything
     low, high = float(marks.min()), float(marks.max())
-    logarithmic = low > 0 and float(everything.max()) > _WIDE_SPREAD * float(np.median(everything))
+    logarithmic = low > 0 and high > _WIDE_SPREAD * float(np.median(rows[0][2]))
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
 
-    with _figure("histogram", 0.85 + 0.5 * len(rows)) as (figure, svg):
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    with _figure("histogram", 0.8 + 0.46 * len(rows)) as (figure, svg):
         axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, gridspec_kw={"hspace": 0.25})[:, 0]
         for axis, (name, colour, scores) in zip(axes, rows, strict=True):
             counts = np.histogram(np.clip(scores, low, high), edges)[0]
@@ -83,10 +85,13 @@ def score_histogram(evaluation: Evaluation) -> str:
                 f"{_shortened(name)}\n{scores.size}", rotation=0, ha="right", va="center", color=_STAND_INS["--ink"]
             )
             axis.tick_params(axis="x", length=0)
-            _quiet(axis, left=False)
+            _quiet(axis)
         bottom = axes[-1]
         if logarithmic:
             bottom.set_xscale("log")
+            bottom.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            bottom.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            bottom.xaxis.set_minor_locator(NullLocator())
         bottom.set_xlim(low, high)
         bottom.tick_params(axis="x", length=3)
         bottom.set_xlabel("image score" + (" (logarithmic)" if logarithmic else ""))
@@ -114,7 +119,7 @@ def roc_plot(evaluation: Evaluation) -> str:
     if evaluation.auroc is None:
         return ""
     good = _scores(evaluation, GOOD)
-    with _figure("roc", 3.75) as (figure, svg):
+    with _figure("roc", 3.5) as (figure, svg):
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color=_STAND_INS["--line"], linewidth=1)
         everything = []
@@ -128,7 +133,7 @@ def roc_plot(evaluation: Evaluation) -> str:
         false_alarms, recall = evaluation.confusion.false_positive_rate, evaluation.confusion.recall
         if false_alarms is not None and recall is not None:
             axis.plot(
-                [false_alarms], [recall], "o", color=_STAND_INS["--ink"], markersize=8, label="threshold", clip_on=False
+                [false_alarms], [recall], "o", color=_STAND_INS["--ink"], markersize=8, label="threshold", clip_on=False, zorder=4
             )
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1.005)
@@ -136,7 +141,7 @@ def roc_plot(evaluation: Evaluation) -> str:
         axis.set_ylabel("share of defects found")
         axis.grid(color=_STAND_INS["--line"], linewidth=0.6)
         axis.legend(loc="lower right", frameon=False, labelcolor=_STAND_INS["--ink"], handlelength=1.4)
-        _quiet(axis, left=True)
+        _quiet(axis)
     return svg[0]
 
 
@@ -145,7 +150,7 @@ def _curve(
 ) -> None:
     labels = np.repeat([False, True], [good.size, anomalous.size])
     fpr, tpr, _ = roc_curve(np.concatenate([good, anomalous]), labels)
-    axis.plot(fpr, tpr, color=colour, label=label, linewidth=width, solid_joinstyle="round", clip_on=False)
+    axis.plot(fpr, tpr, color=colour, label=label, linewidth=width, solid_joinstyle="round", clip_on=False, zorder=3)
 
 
 def _scores(evaluation: Evaluation, kind: str) -> NDArray[np.float64]:
@@ -159,9 +164,9 @@ def _shortened(name: str, length: int = 22) -> str:
     return name.replace("$", r"\$")
 
 
-def _quiet(axis: Axes, *, left: bool) -> None:
-    for side, spine in axis.spines.items():
-        spine.set_visible(side == "bottom" or (left and side == "left"))
+def _quiet(axis: Axes) -> None:
+    for side in ("left", "top", "right"):
+        axis.spines[side].set_visible(False)
 
 
 @contextmanager
@@ -174,7 +179,7 @@ def _figure(name: str, height: float) -> Iterator[tuple[Figure, list[str]]]:
     muted, line = _STAND_INS["--muted"], _STAND_INS["--line"]
     settings = {
         "font.family": "sans-serif",
-        "font.size": 9,
+        "font.size": 8.5,
         "text.color": muted,
         "axes.labelcolor": muted,
         "axes.edgecolor": line,

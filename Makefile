@@ -1,0 +1,78 @@
+# make demo    install, then generate, train, evaluate and report on a sample set
+# make test    install with the test tools, then run the tests
+# make lint    ruff and mypy
+# make bench   time predictions
+# make clean   remove what was built (the environment stays, and is completed by the next make)
+#
+# Settings, on the command line or in the environment:
+#   PYTHON                       interpreter that creates the environment
+#   VENV                         where the environment is
+#   TORCH                        requirement for PyTorch in a new environment, such as 'torch==2.13.0'
+#   EFFICIENTAD_FAST_BUILD       auto, none, cpu or cuda; here by default cpu where there is no GPU, else auto
+#   EFFICIENTAD_FAST_CUDA_ARCHS  architectures of the CUDA library
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.11
+EFFICIENTAD_FAST_BUILD ?= $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),auto,cpu)
+EFFICIENTAD_FAST_CUDA_ARCHS ?=
+export EFFICIENTAD_FAST_BUILD EFFICIENTAD_FAST_CUDA_ARCHS
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# An environment is finished when these exist; each is written last.
+TOOLS := $(VENV)/.tools
+PACKAGE := $(VENV)/.package
+TESTS := $(VENV)/.tests
+SETTINGS := $(VENV)/.settings
+BUILD_INPUTS := setup.py build_backend.py pyproject.toml efficientad_fast/ops/schemas.inc \
+                $(shell find csrc -type f)
+
+.PHONY: help demo test lint bench clean FORCE
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+demo: $(PACKAGE)
+	$(BIN)/efficientad-fast demo
+
+test: $(TESTS)
+	$(BIN)/python -m pytest
+
+lint: $(TESTS)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(TESTS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f efficientad_fast/*.so efficientad_fast/build_info.json $(PACKAGE) $(TESTS)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(TOOLS):
+	@echo "== environment $(VENV) with $(TORCH)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet '$(TORCH)' ninja pybind11 'setuptools>=77'
+	@touch $@
+
+# Rewritten only when a setting changed, so that another kind of build replaces the one that is there.
+$(SETTINGS): $(TOOLS) FORCE
+	@echo '$(EFFICIENTAD_FAST_BUILD) $(EFFICIENTAD_FAST_CUDA_ARCHS)' | cmp --silent - $@ || \
+	  echo '$(EFFICIENTAD_FAST_BUILD) $(EFFICIENTAD_FAST_CUDA_ARCHS)' > $@
+
+# With the test tools there is nothing left that the package alone would need.
+$(PACKAGE) $(TESTS): $(SETTINGS) $(BUILD_INPUTS)
+	@echo "== efficientad_fast$(EXTRAS), EFFICIENTAD_FAST_BUILD=$(EFFICIENTAD_FAST_BUILD)"
+	@rm -f $(PACKAGE) $(TESTS)
+	$(PIP) install --quiet --no-build-isolation -e '.$(EXTRAS)'
+	@touch $(PACKAGE) $@
+
+$(TESTS): EXTRAS := [test]

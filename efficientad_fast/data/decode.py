@@ -1,0 +1,302 @@
+"""Images of any kind to ``(3, H, W)`` RGB tensors. Source: SPEC "Input"."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base as ExifTag
+from torch import Tensor
+
+from efficientad_fast.errors import ImageError, InputError
+
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of what is read. Its other readers stay shut: one of them starts an interpreter."""
+
+CHANNEL_ORDERS = ("rgb", "bgr")
+
+_UINT16_MAX = 65535
+
+# What Pillow's readers raise on damaged or hostile files, found by damaging files of every format above.
+_DECODER_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+
+# Modes whose pixels are taken as they are: 8 bits in 1, 3 or 4 channels with R, G, B first.
+_DIRECT_MODES = frozenset({"L", "RGB", "RGBA", "RGBX"})
+
+# One step each. A palette goes by way of RGBA, for its transparency may stand in the palette.
+_CONVERSIONS = {
+    "1": ("L",),
+    "LA": ("L",),
+    "La": ("LA", "L"),
+    "P": ("RGBA",),
+    "PA": ("RGBA",),
+    "RGBa": ("RGBA",),
+    "CMYK": ("RGB",),
+    "YCbCr": ("RGB",),
+    "HSV": ("RGB",),
+}
+
+# Pillow's names for pixels of 16 bits a channel. In "BGR;16" the 16 bits are those of a whole pixel.
+_SIXTEEN_BITS = re.compile(r";16[BLN]\b")
+
+
+def decode_image(
+    source: str | os.PathLike[str] | Image.Image | NDArray[np.generic] | Tensor,
+    *,
+    channel_order: str = "rgb",
+    max_value: int | None = None,
+    apply_exif: bool = False,
+) -> Tensor:
+    """Decode ``source`` to RGB.
+
+    Args:
+        source: one of
+
+            - a path. The content decides what the file is, not its suffix; BMP, GIF, JPEG, JPEG 2000, PNG, PPM / PGM /
+              PBM, TIFF and WebP are read. Of several frames or pages, the first is taken.
+            - a PIL image of any mode but LAB. It is left open.
+            - a numpy array, ``(H, W)`` or ``(H, W, C)`` with 1, 3 or 4 channels; any strides and byte order.
+            - a torch tensor, ``(H, W)`` or ``(C, H, W)`` with 1, 3 or 4 channels, on any device.
+
+            Arrays and tensors are uint8, uint16 or floating point in [0, 1]. Alpha is dropped, grey is repeated.
+        channel_order: of arrays and tensors, ``"rgb"`` or ``"bgr"`` (OpenCV); files and PIL images know their own.
+        max_value: what white is in 16-bit images, such as 4095 for a 12-bit camera. Arrays and tensors of uint16 need
+            it; 16-bit files and PIL images have 65535 by default. 8-bit and floating-point images do not use it, nor
+            do PGM files, whose header says it.
+        apply_exif: turn files and PIL images as their EXIF orientation says. It is ignored otherwise.
+
+    Returns:
+        ``(3, H, W)``, contiguous, on the CPU, never sharing memory with ``source``: uint8 for 8-bit sources, else
+        float32 in [0, 1]. 16-bit grey keeps its precision; of 16-bit colour files Pillow keeps the upper 8 bits.
+
+    Raises:
+        ImageError: the image cannot be read, or holds what is described nowhere above.
+        InputError: ``channel_order`` or ``max_value`` is not one of the admitted values.
+    """
+    if channel_order not in CHANNEL_ORDERS:
+        raise InputError(f"channel_order is {channel_order!r}; expected 'rgb', or 'bgr' for arrays from OpenCV")
+    if max_value is not None and (
+        isinstance(max_value, bool)
+        or not isinstance(max_value, int | np.integer)
+        or not 1 <= max_value <= _UINT16_MAX
+    ):
+        raise InputError(
+            f"max_value is {max_value!r}; expected an integer from 1 to 65535, the value that white has, such as "
+            f"4095 for 12 bits"
+        )
+    if isinstance(source, Tensor):
+        return _from_tensor(source, channel_order, max_value)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, channel_order, max_value)
+    if isinstance(source, Image.Image):
+        name = f"PIL image {source.filename}" if getattr(source, "filename", "") else "PIL image"
+        return _from_pillow(source, name, max_value, apply_exif)
+    if isinstance(source, str | os.PathLike):
+        return _from_file(source, max_value, apply_exif)
+    raise ImageError(
+        f"an image is a {type(source).__name__}; expected a path, a PIL image, a numpy array or a torch tensor"
+        + ("; open encoded bytes with PIL.Image.open(io.BytesIO(data))" if isinstance(source, bytes) else "")
+    )
+
+
+def _from_file(path: str | os.PathLike[str], max_value: int | None, apply_exif: bool) -> Tensor:
+    name = os.fspath(path)
+    try:
+        status = Path(name).stat()
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: no such file; check the path") from error
+    except PermissionError as error:
+        raise ImageError(f"{name}: permission denied; allow this user to read the file and its folder") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name!r}: not a usable path ({error}); give the path of an image file") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{name}: is a folder; give the path of one image file")
+    # Opening a named pipe would wait for its writer.
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{name}: is a pipe, socket or device; give the path of an image file")
+    if status.st_size == 0:
+        raise ImageError(f"{name}: the file is empty; copy or record it again")
+    try:
+        with Image.open(name, formats=FORMATS) as image:
+            return _from_pillow(image, name, max_value, apply_exif)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name}: not an image, or one of an unknown kind; BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF and WebP files "
+            f"are read, whatever their suffix"
+        ) from error
+    except PermissionError as error:
+        raise ImageError(f"{name}: permission denied; allow this user to read the file") from error
+    except _DECODER_FAILURES as error:
+        raise _decoder_failure(name, error) from error
+
+
+def _decoder_failure(name: str, error: BaseException) -> ImageError:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return ImageError(
+            f"{name}: more pixels than Pillow takes without being told ({error}); cut the image into parts, or raise "
+            f"PIL.Image.MAX_IMAGE_PIXELS where the file is trusted"
+        )
+    if isinstance(error, MemoryError):
+        return ImageError(f"{name}: not enough memory for the decoded image; cut it into parts")
+    return ImageError(
+        f"{name}: truncated or damaged ({str(error) or type(error).__name__}); copy or record the file again"
+    )
+
+
+def _from_pillow(image: Image.Image, name: str, max_value: int | None, apply_exif: bool) -> Tensor:
+    # The description of the tiles is gone once the pixels are loaded.
+    cut_to_8_bits = image.mode in _DIRECT_MODES | _CONVERSIONS.keys() and any(
+        _SIXTEEN_BITS.search(str(tile[3])) for tile in getattr(image, "tile", ())
+    )
+    if cut_to_8_bits and max_value not in (None, _UINT16_MAX):
+        raise ImageError(
+            f"{name}: a 16-bit colour file, of which Pillow keeps the upper 8 bits, so max_value={max_value} cannot be "
+            f"applied; read it with a library that keeps 16 bits and give the uint16 array"
+        )
+    try:
+        image.load()
+        if apply_exif and image.getexif().get(ExifTag.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        for mode in _CONVERSIONS.get(image.mode, ()):
+            image = image.convert(mode)
+        pixels = np.asarray(image)
+    except _DECODER_FAILURES as error:
+        raise _decoder_failure(name, error) from error
+    if pixels.size == 0:
+        raise ImageError(f"{name}: has no pixels (width {image.width}, height {image.height}); give an image that has")
+    if image.mode in _DIRECT_MODES:
+        return _from_uint8(pixels, reverse=False)
+    if image.mode == "F":
+        return _from_floats(pixels, name, reverse=False)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow has brought the values of a PGM file from its header's maximum to 65535.
+        white = _UINT16_MAX if max_value is None or image.format == "PPM" else int(max_value)
+        return _from_integers(pixels, name, white, reverse=False)
+    raise ImageError(f"{name}: has Pillow's mode {image.mode}; convert it with image.convert('RGB') or ImageCms first")
+
+
+def _from_tensor(tensor: Tensor, channel_order: str, max_value: int | None) -> Tensor:
+    name = f"tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise ImageError(f"{name}: is sparse, quantized or without data; expected a dense tensor that holds an image")
+    if tensor.ndim == 4:
+        raise ImageError(f"{name}: is a batch; give its images one by one, as in list(tensor) or tensor[0]")
+    if tensor.ndim not in (2, 3):
+        raise ImageError(f"{name}: expected (H, W), or (C, H, W) with 1, 3 or 4 channels")
+    if tensor.ndim == 3 and tensor.shape[0] not in (1, 3, 4):
+        hint = "; turn (H, W, C) with tensor.permute(2, 0, 1)" if tensor.shape[2] in (1, 3, 4) else ""
+        raise ImageError(f"{name}: expected (H, W), or (C, H, W) with 1, 3 or 4 channels{hint}")
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.to(torch.float32)
+    array = tensor.numpy(force=True)
+    return _from_pixels(array.transpose(1, 2, 0) if array.ndim == 3 else array, name, channel_order, max_value)
+
+
+def _from_array(array: NDArray[np.generic], channel_order: str, max_value: int | None) -> Tensor:
+    name = f"array of shape {array.shape} and dtype {array.dtype}"
+    if array.ndim == 4:
+        raise ImageError(f"{name}: is a batch; give its images one by one, as in list(array) or array[0]")
+    if array.ndim not in (2, 3):
+        raise ImageError(f"{name}: expected (H, W), or (H, W, C) with 1, 3 or 4 channels")
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+        hint = "; turn (C, H, W) with array.transpose(1, 2, 0)" if array.shape[0] in (1, 3, 4) else ""
+        raise ImageError(f"{name}: expected (H, W), or (H, W, C) with 1, 3 or 4 channels{hint}")
+    return _from_pixels(array, name, channel_order, max_value)
+
+
+def _from_pixels(pixels: NDArray[np.generic], name: str, channel_order: str, max_value: int | None) -> Tensor:
+    """``(H, W)`` or ``(H, W, C)`` with 1, 3 or 4 channels, of any dtype."""
+    if pixels.size == 0:
+        raise ImageError(f"{name}: has no pixels; give an image that has")
+    reverse = channel_order == "bgr"
+    kind, width = pixels.dtype.kind, pixels.dtype.itemsize
+    if (kind, width) == ("u", 1):
+        return _from_uint8(pixels, reverse)
+    if (kind, width) == ("u", 2):
+        if max_value is None:
+            raise ImageError(
+                f"{name}: 16-bit pixels need max_value, the value that white has: 1023, 4095 or 65535 for a camera of "
+                f"10, 12 or 16 bits"
+            )
+        return _from_integers(pixels, name, int(max_value), reverse)
+    if kind == "f":
+        return _from_floats(pixels, name, reverse)
+    raise ImageError(
+        f"{name}: expected uint8, uint16 with max_value, or floating point in [0, 1]"
+        + ("; multiply a mask by 255 as uint8" if kind == "b" else "; cast to the one that fits the values")
+    )
+
+
+def _planes(pixels: NDArray[np.generic], reverse: bool) -> NDArray[np.generic]:
+    """A view ``(3, H, W)``, or ``(1, H, W)`` for grey, without alpha."""
+    if pixels.ndim == 2:
+        return pixels[None]
+    colours = pixels[..., :3].transpose(2, 0, 1)
+    return colours[::-1] if reverse else colours
+
+
+def _empty(pixels: NDArray[np.generic], dtype: torch.dtype) -> Tensor:
+    return torch.empty((3, *pixels.shape[:2]), dtype=dtype)
+
+
+def _from_uint8(pixels: NDArray[np.generic], reverse: bool) -> Tensor:
+    image = _empty(pixels, torch.uint8)
+    image.numpy()[...] = _planes(pixels, reverse)
+    return image
+
+
+def _from_integers(pixels: NDArray[np.generic], name: str, white: int, reverse: bool) -> Tensor:
+    planes = _planes(pixels, reverse)
+    lowest, highest = int(planes.min()), int(planes.max())
+    if lowest < 0 or highest > white:
+        raise ImageError(
+            f"{name}: values from {lowest} to {highest} where white (max_value) is {white}; expected 0 to {white}, so "
+            f"state the max_value of the camera's bit depth"
+        )
+    image = _empty(pixels, torch.float32)
+    np.divide(planes, np.float32(white), out=image.numpy(), dtype=np.float32, casting="unsafe")
+    return image
+
+
+def _from_floats(pixels: NDArray[np.generic], name: str, reverse: bool) -> Tensor:
+    image = _empty(pixels, torch.float32)
+    with np.errstate(over="ignore"):
+        image.numpy()[...] = _planes(pixels, reverse)
+    lowest, highest = float(image.amin()), float(image.amax())
+    if not np.isfinite((lowest, highest)).all():
+        raise ImageError(f"{name}: holds NaN or infinity; find out where they come from, or replace them")
+    if lowest >= 0 and highest <= 1:
+        return image
+    if lowest >= 0 and 2 < highest <= 255:
+        advice = "these look like 0 to 255, so divide by 255 or give them as uint8"
+    elif lowest >= 0 and highest > 255:
+        advice = "divide by the value that white has"
+    else:
+        advice = "clip what overshoots, and leave the normalisation by mean and standard deviation to the detector"
+    raise ImageError(f"{name}: values from {lowest:.6g} to {highest:.6g}, expected [0, 1]; {advice}")

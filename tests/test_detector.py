@@ -1,0 +1,406 @@
+"""The detector: its file, and every form of input and output of ``predict``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.small_detector import small_detector
+
+from efficientad_fast import Detector, Prediction, Preprocessing
+from efficientad_fast.errors import BackendError, DatasetError, DetectorFileError, ImageError, InputError
+from efficientad_fast.files import read_tensors, write_tensors
+from efficientad_fast.reference.maps import image_score, resize_map
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return small_detector()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for index, size in enumerate([(40, 30), (300, 280), (256, 256)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
+    return tmp_path
+
+
+def _one(result: object) -> Prediction:
+    assert isinstance(result, Prediction)
+    return result
+
+
+def _several(result: object) -> list[Prediction]:
+    assert isinstance(result, list)
+    return result
+
+
+# The file
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_saved_detector_loads_bit_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    original = small_detector(
+        padding=True,
+        threshold=0.1 + 0.2,
+        preprocessing=Preprocessing(size=(256, 300), resize="pillow"),
+        map_convention="native",
+        pad_maps=False,
+        provenance={"data": "unit test", "steps": 3, "nested": {"a": [1, 2.5]}},
+    )
+    for network in (original.teacher, original.student, original.autoencoder):
+        network.to(dtype)
+    loaded = Detector.load(original.save(tmp_path / "deep" / "model.safetensors"))
+    for name in ("teacher", "student", "autoencoder"):
+        before, after = getattr(original, name).state_dict(), getattr(loaded, name).state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) and after[key].dtype == dtype for key in before)
+    for name in ("quantiles", "threshold", "preprocessing", "map_convention", "pad_maps", "provenance"):
+        assert getattr(loaded, name) == getattr(original, name), name
+    assert torch.equal(loaded.teacher_mean, original.teacher_mean)
+    assert torch.equal(loaded.teacher_std, original.teacher_std)
+    assert loaded.teacher.padding and loaded.student.padding and loaded.autoencoder.decoder.padding
+
+
+def test_an_infinite_threshold_and_missing_quantiles_survive_saving(tmp_path: Path) -> None:
+    original = small_detector(threshold=math.inf).replaced(quantiles=None)
+    loaded = Detector.load(original.save(tmp_path / "m.safetensors"))
+    assert loaded.threshold == math.inf and loaded.quantiles is None
+
+
+def test_loading_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+    with pytest.raises(DetectorFileError, match="no file"):
+        Detector.load(tmp_path / "absent.safetensors")
+    path = small_detector().save(tmp_path / "m.safetensors")
+    whole = path.read_bytes()
+    for kept in (0, 5, 1000, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(DetectorFileError, match="damaged"):
+            Detector.load(path)
+    write_tensors(path, {"a": torch.zeros(1)}, {"format": "other"})
+    with pytest.raises(DetectorFileError, match="not a detector"):
+        Detector.load(path)
+
+
+def test_loading_refuses_a_file_with_a_missing_tensor_or_field(tmp_path: Path) -> None:
+    path = small_detector().save(tmp_path / "m.safetensors")
+    tensors, metadata = read_tensors(path)
+    write_tensors(path, {key: value for key, value in tensors.items() if key != "student.conv2.bias"}, metadata)
+    with pytest.raises(DetectorFileError, match=r"conv2\.bias"):
+        Detector.load(path)
+    fields = json.loads(metadata["detector"])
+    del fields["threshold"]
+    write_tensors(path, tensors, {**metadata, "detector": json.dumps(fields)})
+    with pytest.raises(DetectorFileError, match="threshold"):
+        Detector.load(path)
+
+
+def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = small_detector(threshold=1.0).save(tmp_path / "m.safetensors")
+    code = (
+        "import sys\n"
+        "from tests.small_detector import small_detector\n"
+        "detector = small_detector(threshold=2.0)\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    detector.save(sys.argv[1])\n"
+    )
+    for delay in (0.0, 0.013, 0.04):
+        root = Path(__file__).parent.parent
+        with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, cwd=root) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        assert Detector.load(path).threshold in (1.0, 2.0)
+
+
+# What is refused
+
+
+def test_a_network_size_too_small_is_refused_with_the_smallest() -> None:
+    with pytest.raises(InputError, match="256"):
+        Preprocessing(size=(255, 300))
+
+
+def test_fields_that_do_not_fit_are_refused(detector: Detector) -> None:
+    with pytest.raises(InputError, match="map_convention"):
+        detector.replaced(map_convention="other")
+    with pytest.raises(InputError, match="teacher_mean"):
+        detector.replaced(teacher_mean=torch.zeros(3))
+    with pytest.raises(InputError, match="student"):
+        detector.replaced(student=detector.teacher)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"map_size": "huge"}, "map_size"),
+        ({"channel_order": "gbr"}, "channel_order"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_read(
+    detector: Detector, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        detector.predict(iter(["absent.png"]), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_cuda_without_a_gpu_says_what_to_do(detector: Detector) -> None:
+    with pytest.raises(BackendError, match="device='cpu'"):
+        detector.predict(np.zeros((8, 8, 3), np.uint8), device="cuda")
+
+
+def test_something_that_is_no_image_is_refused(detector: Detector) -> None:
+    with pytest.raises(InputError, match="int"):
+        detector.predict(3)  # type: ignore[arg-type]
+
+
+# Forms of input and output
+
+
+def test_what_comes_out_has_the_form_of_what_goes_in(detector: Detector, folder: Path) -> None:
+    array = np.zeros((20, 30, 3), np.uint8)
+    for single in (folder / "0.png", str(folder / "0.png"), Image.fromarray(array), array, torch.zeros(3, 20, 30)):
+        assert isinstance(detector.predict(single), Prediction)
+    for several in (folder, [array], (array,), np.zeros((1, 20, 30, 3), np.uint8), torch.zeros(1, 3, 20, 30)):
+        assert isinstance(detector.predict(several), list)
+    assert detector.predict([]) == []
+    stream = detector.predict(iter([array]))
+    assert isinstance(stream, Iterator)
+    assert [prediction.source for prediction in stream] == ["image 0"]
+
+
+def test_a_folder_is_predicted_in_order_with_its_paths(detector: Detector, folder: Path) -> None:
+    predictions = _several(detector.predict(folder))
+    assert [prediction.source for prediction in predictions] == [str(folder / f"{index}.png") for index in range(3)]
+
+
+def test_an_empty_folder_is_an_error(detector: Detector, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError):
+        detector.predict(tmp_path)
+
+
+def test_the_same_image_scores_the_same_in_every_form(detector: Detector, folder: Path) -> None:
+    path = folder / "1.png"
+    array = np.asarray(Image.open(path))
+    reference = _one(detector.predict(path))
+    forms = (
+        Image.open(path),
+        array,
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+        array.astype(np.float64) / 255,
+    )
+    for form in forms:
+        assert _one(detector.predict(form)).score == pytest.approx(reference.score, rel=1e-6)
+    assert _one(detector.predict(array[..., ::-1], channel_order="bgr")).score == reference.score
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_the_batch_size_does_not_change_the_result(detector: Detector, folder: Path, batch_size: int) -> None:
+    alone = [_one(detector.predict(folder / f"{index}.png")) for index in range(3)]
+    together = _several(detector.predict(folder, batch_size=batch_size))
+    assert [one.score for one in together] == pytest.approx([one.score for one in alone], rel=1e-5)
+    for one, other in zip(together, alone, strict=True):
+        assert one.anomaly_map is not None and other.anomaly_map is not None
+        np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_and_scores_of_the_resized_convention(detector: Detector, folder: Path) -> None:
+    network = _one(detector.predict(folder / "0.png"))
+    original = _one(detector.predict(folder / "0.png", map_size="original"))
+    assert network.anomaly_map is not None and original.anomaly_map is not None
+    assert network.anomaly_map.shape == (256, 256) and network.anomaly_map.dtype == np.float32
+    assert original.anomaly_map.shape == (40, 30)
+    assert network.score == original.score == pytest.approx(float(network.anomaly_map.max()))
+    resized = resize_map(torch.from_numpy(network.anomaly_map)[None, None], (40, 30))[0, 0]
+    np.testing.assert_allclose(original.anomaly_map, resized.numpy(), rtol=1e-6)
+
+
+def test_maps_and_scores_of_the_native_convention(folder: Path) -> None:
+    native = small_detector(map_convention="native")
+    network = _one(native.predict(folder / "1.png"))
+    original = _one(native.predict(folder / "1.png", map_size="original"))
+    assert original.anomaly_map is not None and network.anomaly_map is not None
+    assert original.anomaly_map.shape == (300, 280) and network.anomaly_map.shape == (256, 256)
+    assert network.score == original.score
+    assert original.score == pytest.approx(float(image_score(torch.from_numpy(original.anomaly_map)[None, None])[0]))
+
+
+def test_the_label_says_whether_the_score_is_above_the_threshold(detector: Detector, folder: Path) -> None:
+    score = _one(detector.predict(folder / "0.png")).score
+    assert _one(detector.replaced(threshold=score).predict(folder / "0.png")).label is False
+    assert _one(detector.replaced(threshold=math.nextafter(score, -math.inf)).predict(folder / "0.png")).label is True
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [("float64", 1e-4), ("bfloat16", 0.2)])
+def test_other_dtypes_give_about_the_same_score(
+    detector: Detector, folder: Path, dtype: str, relative: float
+) -> None:
+    expected = _one(detector.predict(folder / "2.png")).score
+    prediction = _one(detector.predict(folder / "2.png", dtype=dtype))
+    assert prediction.score == pytest.approx(expected, rel=relative)
+    assert prediction.anomaly_map is not None and prediction.anomaly_map.dtype == np.float32
+
+
+def test_replacing_the_threshold_does_not_share_plans_with_other_quantiles(detector: Detector, folder: Path) -> None:
+    before = _one(detector.predict(folder / "0.png")).score
+    assert detector.quantiles is not None
+    changed = detector.replaced(quantiles=dataclasses.replace(detector.quantiles, st_end=0.9))
+    assert _one(changed.predict(folder / "0.png")).score != before
+
+
+# Bad images
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path, folder: Path) -> list[Path]:
+    good = (folder / "1.png").read_bytes()
+    files = {"empty.png": b"", "truncated.png": good[: len(good) // 2], "text.jpg": b"not an image at all"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    return [tmp_path / name for name in files]
+
+
+def test_a_single_bad_image_raises_with_its_name(detector: Detector, bad_files: list[Path]) -> None:
+    for path in bad_files:
+        with pytest.raises(ImageError, match=path.name):
+            detector.predict(path)
+    with pytest.raises(ImageError, match=r"absent\.png"):
+        detector.predict("absent.png")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_bad_images_among_good_ones_are_reported_and_the_others_predicted(
+    detector: Detector, folder: Path, bad_files: list[Path], batch_size: int
+) -> None:
+    mixed = [bad_files[0], folder / "0.png", bad_files[1], bad_files[2], folder / "1.png", "absent.png"]
+    predictions = _several(detector.predict(mixed, batch_size=batch_size))
+    assert [prediction.source for prediction in predictions] == [str(path) for path in mixed]
+    for prediction, path in zip(predictions, mixed, strict=True):
+        if str(path).endswith(("0.png", "1.png")):
+            assert prediction.error is None and math.isfinite(prediction.score)
+        else:
+            assert prediction.error is not None and str(path) in prediction.error
+            assert math.isnan(prediction.score) and prediction.label is None and prediction.anomaly_map is None
+
+
+def test_nan_and_inf_in_an_array_are_reported(detector: Detector) -> None:
+    array = np.full((20, 20, 3), 0.5, np.float32)
+    for bad in (np.nan, np.inf):
+        array[3, 4, 1] = bad
+        with pytest.raises(ImageError, match="image 0"):
+            detector.predict(array)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "YCbCr"])
+def test_every_kind_of_image_file_is_predicted(detector: Detector, tmp_path: Path, mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(0, 60000, 100, dtype=np.uint16).reshape(20, 30))
+    else:
+        image = Image.fromarray(np.arange(0, 1800, 3).astype(np.uint8).reshape(20, 30)).convert("RGB").convert(mode)
+    path = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.png")
+    image.save(path)
+    assert math.isfinite(_one(detector.predict(path)).score)
+
+
+def test_a_single_pixel_is_predicted(detector: Detector) -> None:
+    prediction = _one(detector.predict(np.full((1, 1, 3), 77, np.uint8), map_size="original"))
+    assert prediction.anomaly_map is not None and prediction.anomaly_map.shape == (1, 1)
+
+
+# Streams
+
+
+def test_a_stream_is_read_no_further_ahead_than_two_batches(detector: Detector) -> None:
+    drawn = itertools.count()
+    image = np.zeros((8, 8, 3), np.uint8)
+
+    def endless() -> Iterator[np.ndarray]:
+        while True:
+            next(drawn)
+            yield image
+
+    stream = detector.stream(endless(), batch_size=2)
+    for _ in range(4):
+        next(stream)
+    time.sleep(0.3)
+    # 4 predicted, at most 2 batches queued, one image waiting for room and one being drawn.
+    assert next(drawn) <= 4 + 2 * 2 + 2
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_closing_a_stream_ends_its_thread(detector: Detector) -> None:
+    stream = detector.stream(itertools.repeat(np.zeros((8, 8, 3), np.uint8)))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while any(thread.name == "efficientad_fast-decode" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the decoding thread did not end"
+        time.sleep(0.01)
+
+
+def test_an_error_of_the_iterator_itself_reaches_the_caller(detector: Detector) -> None:
+    def breaking() -> Iterator[np.ndarray]:
+        yield np.zeros((8, 8, 3), np.uint8)
+        raise ConnectionError("camera unplugged")
+
+    stream = detector.stream(breaking())
+    assert next(stream).error is None
+    with pytest.raises(ConnectionError, match="camera unplugged"):
+        next(stream)
+
+
+def test_a_slow_source_gets_each_prediction_before_its_next_image(detector: Detector) -> None:
+    answered = threading.Event()
+
+    def camera() -> Iterator[np.ndarray]:
+        yield np.zeros((8, 8, 3), np.uint8)
+        assert answered.wait(20), "the first prediction was held back until the second image came"
+        yield np.zeros((8, 8, 3), np.uint8)
+
+    stream = detector.stream(camera())
+    next(stream)
+    answered.set()
+    assert len(list(stream)) == 1
+
+
+def test_predicting_from_several_threads_gives_the_same_numbers(folder: Path) -> None:
+    shared = small_detector(seed=3)
+    expected = [prediction.score for prediction in _several(small_detector(seed=3).predict(folder))]
+    results: list[list[float]] = []
+
+    def work() -> None:
+        results.append([prediction.score for prediction in _several(shared.predict(folder))])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for result in results:
+        assert result == pytest.approx(expected, rel=1e-6)
+
+
+def test_warmup_builds_the_plan_that_predict_uses() -> None:
+    detector = small_detector()
+    detector.warmup(runs=1)
+    assert detector.plan() is detector.plan("cpu", torch.float32)

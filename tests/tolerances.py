@@ -1,0 +1,56 @@
+"""How far two computations of the same quantity may differ: the one table, by quantity and dtype.
+
+A tolerance belongs to the less precise side; the other side is float64, or the same arithmetic. "eps" below is the
+distance from 1 to the next number of the dtype: 2.2e-16, 1.2e-7, 9.8e-4 (float16), 7.8e-3 (bfloat16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Limits on ``|a - b|``.
+
+    Attributes:
+        rtol, atol: every element: ``|a - b| <= atol + rtol * |b|``.
+        norm: all together: ``||a - b|| <= norm * ||b||``, with what ``atol`` allows each element on top.
+        reason: why these and not ten times smaller ones.
+    """
+
+    rtol: float
+    atol: float
+    norm: float
+    reason: str
+
+
+EXACT = Tolerance(0.0, 0.0, 0.0, "both sides do the same arithmetic, or none rounds")
+
+_SUMS = "sums of up to 4096 products (PDN) or of 4096 (encoder) in another order, six to fourteen layers deep"
+_SQUARES = "a mean of 384 squares doubles the relative error of the features and averages it"
+
+TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
+    # Elements of features can cancel to nearly zero, hence an atol of the size of the features' own error.
+    ("features", torch.float64): Tolerance(1e-12, 1e-13, 1e-13, _SUMS),
+    ("features", torch.float32): Tolerance(1e-4, 1e-5, 5e-6, _SUMS),
+    ("features", torch.float16): Tolerance(2e-2, 2e-2, 5e-3, "activations are rounded to eps once a layer"),
+    ("features", torch.bfloat16): Tolerance(1e-1, 1e-1, 3e-2, "activations are rounded to eps once a layer"),
+    ("map", torch.float64): Tolerance(1e-12, 1e-14, 1e-13, _SQUARES),
+    ("map", torch.float32): Tolerance(1e-5, 1e-6, 2e-6, _SQUARES),
+    ("map", torch.float16): Tolerance(5e-2, 1e-3, 1e-2, f"features in float16; {_SQUARES}"),
+    ("map", torch.bfloat16): Tolerance(2e-1, 1e-2, 6e-2, f"features in bfloat16; {_SQUARES}"),
+    ("resize", torch.float64): Tolerance(1e-13, 1e-14, 1e-14, "four products a pixel"),
+    ("resize", torch.float32): Tolerance(1e-5, 1e-5, 2e-6, "positions are computed in float32: eps times the side"),
+    ("loss", torch.float64): Tolerance(1e-12, 0.0, 1e-12, "one mean in another order"),
+    ("loss", torch.float32): Tolerance(2e-6, 0.0, 2e-6, "one mean in another order, rounded to eps"),
+    ("embedding", torch.float64): Tolerance(1e-11, 1e-13, 1e-12, "three averages, one after the other"),
+    ("embedding", torch.float32): Tolerance(1e-4, 1e-5, 2e-6, "three averages, one after the other"),
+}
+
+
+def tolerance(quantity: str, dtype: torch.dtype) -> Tolerance:
+    """The entry of :data:`TOLERANCES`; a KeyError names what has none yet."""
+    return TOLERANCES[quantity, dtype]
