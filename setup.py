@@ -67,6 +67,13 @@ def first_choice() -> list[str]:
     return wanted
 
 
+def leave_out(name: str, reason: str) -> None:
+    """Goes on without one of the three, or ends the build where it was asked for."""
+    if MODE != "auto":
+        raise SystemExit(f"{backend.BUILD_VARIABLE}={MODE}: the {TITLES[name]} cannot be built: {reason}.")
+    left_out[name] = reason
+
+
 def sources(folder: str, pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(pattern))
 
@@ -118,24 +125,24 @@ class build_ext(torch.utils.cpp_extension.BuildExtension if torch else _build_ex
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
+        wanted = {extension.name.removeprefix(f"{PACKAGE}."): extension for extension in self.extensions}
         temp, built = self.build_temp, []
-        for extension in self.extensions:
-            name = next(name for name, file in FILES.items() if extension.name == f"{PACKAGE}.{file}")
-            self.build_temp = str(Path(temp) / name)
-            self.extensions = [extension]
-            try:
-                getattr(self, f"prepare_{name}")(extension)
-                super().build_extensions()
-            except CannotBuild as error:
-                reason = str(error)
-            except (RuntimeError, CCompilerError, BaseError) as error:
-                reason = f"it did not compile ({error}); the compiler's messages are above, or in pip's output with -v"
-            else:
-                built.append(extension)
-                continue
-            if MODE != "auto":
-                raise SystemExit(f"{backend.BUILD_VARIABLE}={MODE}: the {TITLES[name]} cannot be built: {reason}.")
-            left_out[name] = reason
+        for name in TITLES:  # what is missing is said before anything is compiled
+            if FILES[name] in wanted:
+                try:
+                    getattr(self, f"prepare_{name}")(wanted[FILES[name]])
+                except CannotBuild as error:
+                    leave_out(name, str(error))
+        for name in TITLES:
+            if FILES[name] in wanted and name not in left_out:
+                self.build_temp = str(Path(temp) / name)
+                self.extensions = [wanted[FILES[name]]]
+                try:
+                    super().build_extensions()
+                except (RuntimeError, CCompilerError, BaseError) as error:
+                    leave_out(name, f"it did not compile ({error}); pip shows the compiler's messages with -v")
+                else:
+                    built += self.extensions
         self.build_temp, self.extensions = temp, built
 
     def prepare_any(self, extension: Extension) -> None:

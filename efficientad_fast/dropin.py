@@ -5,18 +5,21 @@ Plain modules go in and maps come out; in between, the weights are packed once p
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any, get_args
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as torch_module
+from torch.nn.modules import module as global_hooks
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from efficientad_fast.errors import InputError
@@ -31,8 +34,10 @@ from efficientad_fast.reference.networks import (
     feature_size,
 )
 
+Network = TypeVar("Network", bound=nn.Module)
+
 CAPACITY = 8
-"""Sets of modules whose packed weights are kept; the one that was used longest ago goes first."""
+"""Sets of modules whose packed weights are kept; the set that was used longest ago is dropped first."""
 
 
 class NotPackedWarning(UserWarning):
@@ -51,65 +56,59 @@ def predict(
     q_ae_start: float | Tensor | None = None,
     q_ae_end: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Anomaly maps of a batch of images, from the three networks as plain modules. SPEC "Maps and score".
+    """Anomaly maps of a batch of images, from the three networks as plain modules. Source: SPEC "Maps and score".
 
-    Networks are recognised, and their weights packed, where all three are in eval mode and are either ``nn.Sequential``
-    of the layers of PDN-S, PDN-M (padded or not) and the autoencoder, or :class:`PatchDescriptionNetwork` and
-    :class:`Autoencoder` of this package. The hidden widths are those of the paper; C is free. All others, in train
-    mode, with forward hooks or under autocast, go through their own forward, with one :class:`NotPackedWarning`
-    per set of modules and reason. So does an autoencoder whose ``nn.Upsample`` sizes are not those of the image.
+    The networks are recognised, and their weights packed, where all three are in eval mode and are either
+    ``nn.Sequential`` of the layers of PDN-S, PDN-M (padded or not) and the autoencoder, or this package's
+    ``PatchDescriptionNetwork`` and ``Autoencoder``. Hidden widths are the paper's; C is free. Other modules, train
+    mode, forward hooks, autocast, and ``nn.Upsample`` sizes that are not made for the image's size lead to the modules'
+    own forward, with one :class:`NotPackedWarning` per set of modules and reason.
 
-    Weights are packed again when they have changed: in-place updates, optimizer steps, ``load_state_dict``, ``.to()``,
-    ``.half()``, replaced parameters or layers, edited layer settings. Not noticed are changes that PyTorch does not
-    record: in-place edits through ``.data``, through numpy or DLPack, from another process, of parameters that
-    were created in inference mode, by a replayed CUDA graph, or by calling ``torch._fused_*`` directly.
-    Call :func:`forget` after those.
+    Weights are packed again after a change: in-place updates, optimizer steps, ``load_state_dict``, ``.to()``,
+    ``.half()``, replaced parameters or layers, edited settings of a layer. Not noticed is what PyTorch does not
+    record: edits in place through ``.data``, numpy or DLPack, from another process, of parameters created in
+    inference mode, by a replayed CUDA graph or a direct call of ``torch._fused_*``. Call :func:`forget` after those.
 
-    Packed weights take as much memory as the networks, are kept for the last :data:`CAPACITY` sets of modules, and
-    are freed with the modules. Safe to call from several threads.
+    Packed weights take the memory of the networks once more. They are kept for the :data:`CAPACITY` sets used last,
+    and freed with the modules. Safe to call from several threads.
 
     Args:
         image: ``(N, 3, H, W)``, preprocessed, in the dtype and on the device of the networks.
-        teacher: to ``(N, C, h, w)``.
-        student: to ``(N, 2C, h, w)``; the first C channels predict the teacher, the others the autoencoder.
-        autoencoder: to ``(N, C, h, w)``.
-        teacher_mean, teacher_std: ``(1, C, 1, 1)``, the teacher's channel statistics. Like the quantiles, they may
-            differ from call to call at no cost.
-        q_st_start, q_st_end, q_ae_start, q_ae_end: quantiles. A map is normalised where its start is given, without
-            regard to division by zero: where start and end are equal, it holds infinities and NaN.
+        teacher: makes ``(N, C, h, w)`` of it.
+        student: makes ``(N, 2C, h, w)``; the first C channels predict the teacher, the others the autoencoder.
+        autoencoder: makes ``(N, C, h, w)``.
+        teacher_mean, teacher_std: ``(1, C, 1, 1)``, the teacher's channel statistics. They and the quantiles may
+            differ from call to call; nothing is packed again for them.
+        q_st_start, q_st_end, q_ae_start, q_ae_end: quantiles. A map is normalised where its start is given. Equal
+            start and end divide by zero, as in the original: the map holds infinities and NaN.
 
     Returns:
-        ``(map_combined, map_st, map_ae)``, each ``(N, 1, h, w)``, without gradient:
-        ``0.5 map_st + 0.5 map_ae``, and both maps, normalised where quantiles are given. Dtypes are those of the
-        plain PyTorch expressions; half-precision features are subtracted and squared in float32.
+        ``(map_combined, map_st, map_ae)``, each ``(N, 1, h, w)``, without gradient: both maps, normalised where
+        quantiles are given, and ``0.5 map_st + 0.5 map_ae``. Dtypes are those that plain PyTorch promotes to;
+        packed half-precision networks have their features subtracted and squared in float32.
 
     Raises:
-        InputError: an argument has the wrong type, shape, dtype or device, the networks' channels or sizes do not
-            fit, or a quantile is missing.
+        InputError: an argument has the wrong type, shape, dtype or device, the networks' outputs do not fit each
+            other, or a quantile is missing.
     """
-    networks = {"teacher": teacher, "student": student, "autoencoder": autoencoder}
-    _check_arguments(image, networks, {"teacher_mean": teacher_mean, "teacher_std": teacher_std})
-    for start, end, kind in ((q_st_start, q_st_end, "st"), (q_ae_start, q_ae_end, "ae")):
+    networks = _Networks(teacher, student, autoencoder)
+    _check_arguments(image, networks, teacher_mean, teacher_std)
+    for map_name, start, end in (("st", q_st_start, q_st_end), ("ae", q_ae_start, q_ae_end)):
         if start is not None and end is None:
-            raise InputError(f"q_{kind}_end must be given together with q_{kind}_start, got None.")
-    entry, packed = _look_up(networks, (image.shape[-2], image.shape[-1]))
-    refusal = packed if isinstance(packed, str) else _refusal_of_call(image, packed)
-    if refusal is None and isinstance(packed, _Packed) and packed.plan is not None:
-        _check_placed(image, packed)
-        _check_statistics(teacher_mean, teacher_std, packed.channels)
-        with torch.no_grad():
-            map_st, map_ae = packed.plan.raw_maps(image, statistics=(teacher_mean, teacher_std))
-            promoted = torch.promote_types(teacher_mean.dtype, teacher_std.dtype)
-            map_st, map_ae = map_st.to(torch.promote_types(packed.dtype, promoted)), map_ae.to(packed.dtype)
-    else:
-        map_st, map_ae = _own_forward(image, networks, teacher_mean, teacher_std)
-        if refusal is not None and entry.warns_first_time(refusal):
-            warnings.warn(
-                f"efficientad_fast.predict ran these modules through their own forward: {refusal}",
-                NotPackedWarning,
-                stacklevel=2,
-            )
+            raise InputError(f"q_{map_name}_end must be given where q_{map_name}_start is, got None.")
+    entry = _entry(networks)
+    found = entry.look_up(networks, image)
     with torch.no_grad():
+        if isinstance(found, _Packed):
+            map_st, map_ae = found.raw_maps(image, teacher_mean, teacher_std)
+        else:
+            map_st, map_ae = _own_forward(image, networks, teacher_mean, teacher_std)
+            if entry.is_first(found):
+                warnings.warn(
+                    f"efficientad_fast.predict ran modules through their own forward: {found}",
+                    NotPackedWarning,
+                    stacklevel=2,
+                )
         if q_st_start is not None and q_st_end is not None:
             map_st = maps.normalise_map(map_st, q_st_start, q_st_end)
         if q_ae_start is not None and q_ae_end is not None:
@@ -118,6 +117,486 @@ def predict(
 
 
 def forget() -> None:
-    """Drop all packed weights, and which warnings were given: the next :func:`predict` packs anew."""
+    """Drop all packed weights and the record of warnings given: the next :func:`predict` packs anew."""
     with _lock:
         _entries.clear()
+
+
+# Arguments and the plain path
+
+
+@dataclass(frozen=True)
+class _Networks:
+    teacher: nn.Module
+    student: nn.Module
+    autoencoder: nn.Module
+
+    def named(self) -> tuple[tuple[str, nn.Module], ...]:
+        return ("teacher", self.teacher), ("student", self.student), ("autoencoder", self.autoencoder)
+
+    def all(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.teacher, self.student, self.autoencoder
+
+
+def _check_arguments(image: Tensor, networks: _Networks, mean: Tensor, std: Tensor) -> None:
+    for name, network in networks.named():
+        if not isinstance(network, nn.Module):
+            raise InputError(f"{name} must be a torch.nn.Module, got {type(network).__name__}.")
+    for name, tensor in (("image", image), ("teacher_mean", mean), ("teacher_std", std)):
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if image.ndim != 4:
+        raise InputError(
+            f"image must be a batch of shape (N, 3, H, W), got {tuple(image.shape)}. Add a dimension to a single image."
+        )
+
+
+def _check_statistics(mean: Tensor, std: Tensor, channels: int, device: torch.device) -> None:
+    for name, statistic in (("teacher_mean", mean), ("teacher_std", std)):
+        if statistic.shape != (1, channels, 1, 1):
+            raise InputError(
+                f"{name} must have shape (1, {channels}, 1, 1) for a teacher of {channels} channels, "
+                f"got {tuple(statistic.shape)}."
+            )
+        if statistic.device != device:
+            raise InputError(f"{name} must be on the device of the networks, {device}, got {statistic.device}.")
+
+
+def _check_channels(teacher: int, student: int, autoencoder: int) -> None:
+    for name, expected, got in (("student", 2 * teacher, student), ("autoencoder", teacher, autoencoder)):
+        if got != expected:
+            raise InputError(f"{name} must have {expected} output channels beside a teacher of {teacher}, got {got}.")
+
+
+def _own_forward(image: Tensor, networks: _Networks, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    teacher, student, autoencoder = (network(image) for network in networks.all())
+    for name, features in (("teacher", teacher), ("student", student), ("autoencoder", autoencoder)):
+        if not isinstance(features, Tensor) or features.ndim != 4:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"{name} must return features of shape (N, channels, h, w), got {got}.")
+        if features.shape[-2:] != teacher.shape[-2:]:
+            raise InputError(
+                f"{name} must return features of the teacher's size, {tuple(teacher.shape[-2:])}, for an image of "
+                f"{tuple(image.shape[-2:])}, got {tuple(features.shape[-2:])}. Use networks of one padding, and "
+                "nn.Upsample sizes made for this image size."
+            )
+    _check_channels(teacher.shape[1], student.shape[1], autoencoder.shape[1])
+    _check_statistics(mean, std, teacher.shape[1], teacher.device)
+    return maps.raw_maps(teacher, student, autoencoder, mean, std)
+
+
+# Recognising
+
+
+class _UnrecognisedError(Exception):
+    """Why modules cannot be packed, and what to do: the end of the warning's sentence."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a set of modules turned out to be. The parameters are the modules' own, not copies.
+
+    Attributes:
+        teacher, student, autoencoder: as in ``reference.networks``.
+        upsample_sizes: the seven sizes that an ``nn.Sequential`` autoencoder is fixed to; ``None`` follows the image.
+        image_size: the smallest image that those sizes are made for.
+    """
+
+    teacher: PatchDescriptionNetwork
+    student: PatchDescriptionNetwork
+    autoencoder: Autoencoder
+    upsample_sizes: list[tuple[int, int]] | None
+    image_size: tuple[int, int] | None
+
+
+# Every type of module that can be recognised, with the settings that its forward reads.
+_SETTINGS: dict[type[nn.Module], Callable[[Any], Any]] = {
+    nn.Sequential: type,
+    nn.Conv2d: operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.ReLU: type,
+    nn.AvgPool2d: operator.attrgetter(
+        "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    ),
+    nn.Upsample: operator.attrgetter("size", "scale_factor", "mode", "align_corners"),
+    nn.Dropout: type,
+    PatchDescriptionNetwork: operator.attrgetter("model_size", "padding"),
+    Autoencoder: type,
+    Encoder: type,
+    Decoder: operator.attrgetter("padding"),
+}
+
+_LAYER_CODES: dict[type[nn.Module], str] = {nn.Conv2d: "C", nn.ReLU: "R", nn.AvgPool2d: "P", nn.Upsample: "U"}
+_PDN_LAYERS: dict[str, ModelSize] = {"CRPCRPCRC": "s", "CRPCRPCRCRCRC": "m"}
+_AUTOENCODER_LAYERS = "CR" * 5 + "C" + "UCR" * 7 + "C"
+
+
+def recognise(teacher: nn.Module, student: nn.Module, autoencoder: nn.Module) -> Recognised | str:
+    """The networks that three modules are, or a text that says why they cannot be packed and what to do.
+
+    Raises:
+        InputError: they are recognised, but their channels do not fit each other.
+    """
+    networks = _Networks(teacher, student, autoencoder)
+    try:
+        for name, network in networks.named():
+            _require_plain_eval(name, network)
+        _require_one_placement(networks)
+        pdn, student_pdn = _recognise_pdn("teacher", teacher), _recognise_pdn("student", student)
+        if (pdn.model_size, pdn.padding) != (student_pdn.model_size, student_pdn.padding):
+            raise _UnrecognisedError("teacher and student differ in size or padding. Use two of one kind.")
+        plain, upsample_sizes = _recognise_autoencoder(autoencoder, padding=pdn.padding)
+        image_size = None if upsample_sizes is None else _image_size(upsample_sizes, padding=pdn.padding)
+    except _UnrecognisedError as reason:
+        return str(reason)
+    _check_channels(pdn.out_channels, student_pdn.out_channels, plain.decoder.deconv8.out_channels)
+    return Recognised(pdn, student_pdn, plain, upsample_sizes, image_size)
+
+
+def _require_plain_eval(name: str, network: nn.Module) -> None:
+    if _has_global_hooks():
+        raise _UnrecognisedError("forward hooks are registered for all modules. Remove them.")
+    for layer in network.modules():
+        if type(layer) not in _SETTINGS:
+            raise _UnrecognisedError(
+                f"the {name} holds a {type(layer).__name__}, which no known network does. Use the layers of the "
+                "original, or PatchDescriptionNetwork and Autoencoder of efficientad_fast.reference."
+            )
+        if layer.training:
+            raise _UnrecognisedError(f"the {name} is in train mode. Call .eval() on it.")
+        if _is_intercepted(layer.__dict__):
+            raise _UnrecognisedError(f"the {name} has forward hooks or a replaced forward. Remove them.")
+        for parameter in layer.parameters(recurse=False):
+            if type(parameter) is not nn.Parameter:
+                raise _UnrecognisedError(
+                    f"a parameter of the {name} is a {type(parameter).__name__}. Use plain parameters."
+                )
+
+
+def _has_global_hooks() -> bool:
+    return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+
+
+def _is_intercepted(state: dict[str, Any]) -> bool:
+    """Whether calling the module whose ``__dict__`` this is runs more, or other, than its type's forward."""
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
+
+
+def _require_one_placement(networks: _Networks) -> None:
+    placements = {
+        (parameter.device, parameter.dtype) for network in networks.all() for parameter in network.parameters()
+    }
+    if len(placements) != 1:
+        raise _UnrecognisedError("their parameters have several dtypes or devices. Bring them to one with .to().")
+    device, dtype = placements.pop()
+    if device.type not in ("cpu", "cuda") or dtype not in DTYPES.values():
+        raise _UnrecognisedError(
+            f"they are {dtype} on {device}. Bring them to the CPU or a CUDA GPU, in one of {', '.join(DTYPES)}."
+        )
+
+
+def _unknown_layers(name: str) -> _UnrecognisedError:
+    return _UnrecognisedError(
+        f"the layers of the {name} are not those of a known network. Build it as in the original, or with "
+        "PatchDescriptionNetwork and Autoencoder of efficientad_fast.reference."
+    )
+
+
+def _recognise_pdn(name: str, network: nn.Module) -> PatchDescriptionNetwork:
+    if isinstance(network, PatchDescriptionNetwork):
+        out_channels = _out_channels(name, network.modules())
+        canonical = _empty_pdn(network.model_size, out_channels, padding=network.padding)
+        return _adopt(name, canonical, _layers_named_as_in(canonical, network), list(canonical.modules()))
+    layers = _sequential_layers(name, network)
+    model_size = _PDN_LAYERS.get(_layer_code(layers))
+    if model_size is None:
+        raise _unknown_layers(name)
+    layers = [layer for layer in layers if not isinstance(layer, nn.ReLU)]
+    padded = _pair(layers[1].padding) == (1, 1)
+    canonical = _empty_pdn(model_size, _out_channels(name, layers), padding=padded)
+    conv1, conv2, *others = _convolutions(canonical.modules())
+    return _adopt(name, canonical, layers, [conv1, canonical.pool, conv2, canonical.pool, *others])
+
+
+def _recognise_autoencoder(network: nn.Module, *, padding: bool) -> tuple[Autoencoder, list[tuple[int, int]] | None]:
+    name = "autoencoder"
+    if isinstance(network, Autoencoder):
+        canonical = _empty_autoencoder(_out_channels(name, network.modules()), padding=padding)
+        return _adopt(name, canonical, _layers_named_as_in(canonical, network), list(canonical.modules())), None
+    layers = _sequential_layers(name, network)
+    if _layer_code(layers) != _AUTOENCODER_LAYERS:
+        raise _unknown_layers(name)
+    sizes = []
+    for layer in layers:
+        if isinstance(layer, nn.Upsample):
+            if layer.size is None or layer.mode != "bilinear" or layer.align_corners:
+                raise _UnrecognisedError(
+                    f"the autoencoder holds {layer}. Use a fixed size, mode 'bilinear' and no align_corners."
+                )
+            sizes.append(_pair(layer.size))
+    canonical = _empty_autoencoder(_out_channels(name, layers), padding=padding)
+    return _adopt(name, canonical, _convolutions(layers), _convolutions(canonical.modules())), sizes
+
+
+def _empty_pdn(model_size: ModelSize, out_channels: int, *, padding: bool) -> PatchDescriptionNetwork:
+    with torch.device("meta"):
+        return PatchDescriptionNetwork(model_size, out_channels, padding=padding).eval()
+
+
+def _empty_autoencoder(out_channels: int, *, padding: bool) -> Autoencoder:
+    with torch.device("meta"):
+        return Autoencoder(out_channels, padding=padding).eval()
+
+
+def _layers_named_as_in(canonical: nn.Module, network: nn.Module) -> list[nn.Module | None]:
+    layers = dict(network.named_modules(remove_duplicate=False))
+    return [layers.get(name) for name, _ in canonical.named_modules()]
+
+
+def _sequential_layers(name: str, network: nn.Module) -> list[Any]:
+    """Without dropout, which does nothing in eval mode."""
+    if not isinstance(network, nn.Sequential):
+        raise _unknown_layers(name)
+    return [layer for layer in network if not isinstance(layer, nn.Dropout)]
+
+
+def _layer_code(layers: Iterable[nn.Module]) -> str:
+    return "".join(_LAYER_CODES.get(type(layer), "?") for layer in layers)
+
+
+def _convolutions(layers: Iterable[nn.Module]) -> list[nn.Conv2d]:
+    return [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+
+
+def _out_channels(name: str, layers: Iterable[nn.Module]) -> int:
+    convolutions = _convolutions(layers)
+    if not convolutions:
+        raise _unknown_layers(name)
+    return len(convolutions[-1].weight)
+
+
+def _adopt(name: str, canonical: Network, layers: Sequence[nn.Module | None], expected: Sequence[nn.Module]) -> Network:
+    """``canonical``, whose layers are ``expected``, with the parameters of ``layers`` where these are the same."""
+    for layer, target in zip(layers, expected, strict=True):
+        if layer is None or _description(layer) != _description(target):
+            raise _unknown_layers(name)
+        for key, parameter in layer.named_parameters(recurse=False):
+            setattr(target, key, parameter)
+    return canonical
+
+
+def _description(layer: nn.Module) -> tuple[object, ...]:
+    parameters = {key: tuple(parameter.shape) for key, parameter in layer.named_parameters(recurse=False)}
+    settings = _SETTINGS[type(layer)](layer)
+    return type(layer), [*map(_pair, settings)] if isinstance(settings, tuple) else settings, parameters
+
+
+def _pair(setting: Any) -> Any:
+    """2 and [2, 2] as (2, 2): the spellings of a layer's setting for height and width."""
+    if isinstance(setting, list):
+        return tuple(setting)
+    return (setting, setting) if type(setting) is int else setting
+
+
+def _upsample_sizes(size: tuple[int, int], *, padding: bool) -> list[tuple[int, int]]:
+    return [*Decoder.step_sizes(size), feature_size(size, padding=padding)]
+
+
+def _image_size(upsample_sizes: Sequence[tuple[int, int]], *, padding: bool) -> tuple[int, int]:
+    """The smallest image with these sizes: its sides are twice those of the sixth step, plus 2 or 3."""
+    height, width = upsample_sizes[5]
+    for size in itertools.product((2 * height + 2, 2 * height + 3), (2 * width + 2, 2 * width + 3)):
+        if _upsample_sizes(size, padding=padding) == upsample_sizes:
+            return size
+    raise _UnrecognisedError(
+        f"the autoencoder's nn.Upsample sizes {upsample_sizes} belong to no image size. Use H//64-1, H//32, H//16-1, "
+        "H//8, H//4-1, H//2-1 and the PDN's output size."
+    )
+
+
+# Packed weights, and noticing that modules have changed
+
+
+@dataclass(frozen=True)
+class _Packed:
+    plan: Plan
+    channels: int
+    padding: bool
+    upsample_sizes: list[tuple[int, int]] | None
+
+    def refusal(self, image: Tensor) -> str | None:
+        """Why these modules, though packed, have to run by themselves on ``image``."""
+        if torch.is_autocast_enabled(self.plan.device.type):
+            return "autocast is on, and packed networks run in their own dtype. Leave it, or use .half()."
+        size = (image.shape[-2], image.shape[-1])
+        if self.upsample_sizes is not None and self.upsample_sizes != _upsample_sizes(size, padding=self.padding):
+            return f"the autoencoder's nn.Upsample sizes are not made for images of size {size}. Resize the images."
+        return None
+
+    def raw_maps(self, image: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """In the dtypes that the plain expressions have."""
+        if image.shape[1] != 3:
+            raise InputError(f"image must have 3 channels, (N, 3, H, W), got {tuple(image.shape)}.")
+        if image.dtype != self.plan.dtype or image.device != self.plan.device:
+            raise InputError(
+                f"image must be {self.plan.dtype} on {self.plan.device} as the networks are, "
+                f"got {image.dtype} on {image.device}."
+            )
+        _check_statistics(mean, std, self.channels, self.plan.device)
+        map_st, map_ae = self.plan.raw_maps(image, statistics=(mean, std))
+        teacher_dtype = torch.promote_types(torch.promote_types(image.dtype, mean.dtype), std.dtype)
+        return map_st.to(teacher_dtype), map_ae.to(image.dtype)
+
+
+class _Entry:
+    """One set of modules: what it was recognised as, as of which state of the modules, and which warnings it got.
+
+    Holds the modules weakly, so that it goes when one of them does.
+    """
+
+    def __init__(self, networks: _Networks, key: _Key) -> None:
+        self.optimizer_steps = 0
+        self.parameter_ids: frozenset[int] = frozenset()
+        self._roots = [weakref.ref(network, partial(_discard, key)) for network in networks.all()]
+        self._lock = threading.Lock()
+        self._snapshot: _Snapshot | None = None
+        self._found: _Packed | str = ""
+        self._warned: set[str] = set()
+
+    def look_up(self, networks: _Networks, image: Tensor) -> _Packed | str:
+        """What to run ``image`` with, or why there is nothing but the modules themselves."""
+        # Observed before packing: what changes meanwhile is noticed at the next call.
+        observed = _observe(networks.all(), self.optimizer_steps)
+        with self._lock:
+            if self._snapshot is None or not self._snapshot.matches(*observed):
+                self._snapshot = None
+                self._found = self._pack(networks, image)
+                self._snapshot = _Snapshot(*observed)
+            found = self._found
+        return found if isinstance(found, str) else found.refusal(image) or found
+
+    def _pack(self, networks: _Networks, image: Tensor) -> _Packed | str:
+        _watch_optimizers()
+        self.parameter_ids = frozenset(
+            id(parameter) for network in networks.all() for parameter in network.parameters()
+        )
+        recognised = recognise(*networks.all())
+        if isinstance(recognised, str):
+            return recognised
+        source = PlanInput(
+            recognised.teacher,
+            recognised.student,
+            recognised.autoencoder,
+            teacher_mean=None,
+            teacher_std=None,
+            quantiles=None,
+            map_convention="native",
+            pad_maps=False,
+            size=recognised.image_size or (image.shape[-2], image.shape[-1]),
+        )
+        weight = recognised.teacher.conv1.weight
+        return _Packed(
+            build_plan(source, weight.device, weight.dtype),
+            recognised.teacher.out_channels,
+            recognised.teacher.padding,
+            recognised.upsample_sizes,
+        )
+
+    def is_first(self, reason: str) -> bool:
+        """Whether ``reason`` is given for the first time."""
+        with self._lock:
+            is_new = reason not in self._warned
+            self._warned.add(reason)
+        return is_new
+
+
+def _observe(
+    roots: Sequence[nn.Module], optimizer_steps: int
+) -> tuple[list[nn.Module], list[Any], list[UntypedStorage]]:
+    """All modules, facts about them and their parameters, and the parameters' storages.
+
+    Two observations with the same modules, storages and facts: nothing was recorded that changes what is computed.
+    """
+    modules: list[nn.Module] = []
+    facts: list[Any] = [optimizer_steps, _has_global_hooks()]
+    storages: list[UntypedStorage] = []
+    seen: set[nn.Module] = set()
+    pending = list(roots)
+    # Runs at every call: attributes are read from the dictionaries, which halves the time.
+    for module in pending:
+        if module in seen:
+            continue
+        seen.add(module)
+        modules.append(module)
+        kind = type(module)
+        facts.append(kind)
+        settings = _SETTINGS.get(kind)
+        if settings is None:
+            continue  # its set is not recognised, whatever is inside
+        state = module.__dict__
+        facts += (state["training"], _is_intercepted(state), settings(module))
+        if state["_modules"]:
+            children = [child for child in state["_modules"].values() if child is not None]
+            pending += children
+            facts.append([*map(id, children)])
+        for parameter in state["_parameters"].values():
+            facts.append(id(parameter))
+            if type(parameter) is nn.Parameter:
+                storage = parameter.untyped_storage()
+                storages.append(storage)
+                facts += (storage._cdata, parameter.data_ptr(), _version(parameter))
+    return modules, facts, storages
+
+
+def _version(parameter: nn.Parameter) -> int | None:
+    try:
+        return parameter._version
+    except RuntimeError:  # created in inference mode: changes in place are not recorded
+        return None
+
+
+class _Snapshot:
+    """An observation, kept without keeping what was observed alive."""
+
+    def __init__(self, modules: list[nn.Module], facts: list[Any], storages: list[UntypedStorage]) -> None:
+        self._modules = [weakref.ref(module) for module in modules]
+        self._facts = facts
+        # As long as these live, no other storage gets the same address: .half().float() comes back to it otherwise.
+        # The parameters themselves must not be referenced: PyTorch refuses to swap tensors with weak references.
+        self._storages = [StorageWeakRef(storage) for storage in storages]
+
+    def matches(self, modules: list[nn.Module], facts: list[Any], _: list[UntypedStorage]) -> bool:
+        return self._facts == facts and all(map(operator.is_, (known() for known in self._modules), modules))
+
+
+_Key = tuple[int, ...]
+_lock = threading.Lock()
+_entries: dict[_Key, _Entry] = {}
+
+
+def _entry(networks: _Networks) -> _Entry:
+    key = tuple(map(id, networks.all()))
+    with _lock:
+        entry = _entries.pop(key, None) or _Entry(networks, key)
+        _entries[key] = entry
+        # A copy of the keys, for garbage collection may discard entries at any moment.
+        for oldest in list(_entries)[:-CAPACITY]:
+            _entries.pop(oldest, None)
+    return entry
+
+
+def _discard(key: _Key, _: object) -> None:
+    # Runs inside garbage collection, so takes no lock; a dict's own operations are atomic.
+    _entries.pop(key, None)
+
+
+def _note_step(optimizer: Optimizer, *_: object) -> None:
+    """Fused optimizers write to parameters without recording a change."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for entry in list(_entries.values()):
+        if not stepped.isdisjoint(entry.parameter_ids):
+            entry.optimizer_steps += 1
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_note_step)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from efficientad_fast.data.folders import Dataset, load_mask
-from efficientad_fast.errors import DatasetError
+from efficientad_fast.data.folders import GOOD, Dataset, load_mask
+from efficientad_fast.errors import DatasetError, ImageError
 from efficientad_fast.files import atomic_path
 from efficientad_fast.metrics import au_pro, image_auroc, pixel_auroc
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from efficientad_fast.detector import Detector
 
 JSON_FORMAT = "efficientad_fast evaluation 1"
-
-GOOD = "good"
-"""The name that a :class:`~efficientad_fast.data.folders.TestImage` without a defect carries."""
 
 GROUPS = ("structural", "logical")
 """Defects whose names begin so are also measured together, as MVTec LOCO reports them."""
@@ -132,8 +129,8 @@ class Evaluation:
         defective: all anomalous images.
         kinds: each kind of defect, in order of name.
         groups: kinds taken together, those of :data:`GROUPS` that occur.
-        pixel_auroc, au_pro: over good images and anomalous ones with ground truth, at the size of the maps (masks are resized to
-            it); ``None`` where no mask is known.
+        pixel_auroc, au_pro: over good images and anomalous ones with ground truth, at the size of the maps (masks
+            are resized to it); ``None`` where no mask is known.
         confusion: at the threshold.
         seconds: wall-clock time of reading and predicting all images, the first one's start-up included.
         settings: batch size, device and dtype.
@@ -276,8 +273,10 @@ def evaluate(
         map_size="network",
     )
     for image, prediction in zip(dataset.test, stream, strict=True):
-        error = prediction.error
-        if error is None and (math.isnan(prediction.score) or np.isnan(prediction.anomaly_map).any()):
+        error, anomaly_map = prediction.error, prediction.anomaly_map
+        if error is None and (
+            math.isnan(prediction.score) or (anomaly_map is not None and np.isnan(anomaly_map).any())
+        ):
             error = f"{prediction.source}: the anomaly map holds NaN. Try dtype float32, or train the detector again."
         failed = error is not None
         images.append(
@@ -287,7 +286,7 @@ def evaluate(
                 masks=image.masks,
                 score=math.nan if failed else prediction.score,
                 label=None if failed else prediction.label,
-                anomaly_map=None if failed else prediction.anomaly_map,
+                anomaly_map=None if failed else anomaly_map,
                 error=error,
             )
         )
@@ -321,8 +320,8 @@ def summarize(
     failed = len(results) - len(scored)
     if failed:
         notes.append(f"{failed} of {len(results)} images could not be scored and are left out of every figure.")
-    for present, name in ((any(i.anomalous for i in scored), "anomalous"), (any(not i.anomalous for i in scored), GOOD)):
-        if not present:
+    for anomalous, name in ((True, "anomalous"), (False, GOOD)):
+        if not any(image.anomalous == anomalous for image in scored):
             notes.append(f"There is no AUROC: it compares anomalous with good images, and no {name} one was scored.")
 
     groups = {}
@@ -376,7 +375,7 @@ def _auroc(images: Sequence[ImageResult]) -> float | None:
 def _pixel_figures(scored: Sequence[ImageResult]) -> tuple[tuple[float | None, float | None], list[str]]:
     """Pixel AUROC and AU-PRO over the images whose ground truth is known, and what was left out."""
     maps, masks = [], []
-    unmarked = vanished = 0
+    unmarked = unreadable = vanished = 0
     for image in scored:
         if image.anomaly_map is None:
             continue
@@ -387,7 +386,11 @@ def _pixel_figures(scored: Sequence[ImageResult]) -> tuple[tuple[float | None, f
             unmarked += 1
             continue
         else:
-            mask = load_mask(image.masks, size)
+            try:
+                mask = load_mask(image.masks, size)
+            except ImageError:
+                unreadable += 1
+                continue
             if not mask.any():
                 vanished += 1
                 continue
@@ -399,6 +402,7 @@ def _pixel_figures(scored: Sequence[ImageResult]) -> tuple[tuple[float | None, f
     notes = []
     for count, reason in (
         (unmarked, "anomalous images without a ground-truth mask"),
+        (unreadable, "anomalous images whose mask cannot be read"),
         (vanished, "anomalous images whose mask is empty at the size of the maps"),
     ):
         if count:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,12 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from efficientad_fast.errors import DetectorFileError
-
-
-def _current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 @contextlib.contextmanager
@@ -34,13 +29,15 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=f".partial{target.suffix}", dir=target.parent)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial{target.suffix}")
+    # Made here, so that its mode is what the umask of the process and the folder give to a new file.
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     os.close(descriptor)
-    temporary = Path(name)
     try:
         yield temporary
-        # A writer may have replaced the file that mkstemp made, with its private mode.
-        temporary.chmod(0o666 & ~_current_umask())
+        # A writer may have put a file of its own in the place of this one.
+        temporary.chmod(mode)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(target)

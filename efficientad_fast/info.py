@@ -128,7 +128,9 @@ def _run(name: native.Library) -> dict[str, Any]:
         y = getattr(torch.ops, f"efficientad_fast_{name}").identity(x)
     except (BackendError, RuntimeError) as error:
         return _fails(str(error))
-    return _works("compiled operators run") if torch.equal(x, y) else _fails("its identity operator returns wrong values")
+    if not torch.equal(x, y):
+        return _fails("its identity operator returns wrong values")
+    return _works("compiled operators run")
 
 
 def _cpu_backend() -> dict[str, Any]:

@@ -64,11 +64,17 @@ class Plan(ABC):
         self.size = source.size
 
     @abstractmethod
-    def raw_maps(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """``(map_st, map_ae)``, each ``(N, 1, h, w)`` at feature resolution, not normalised.
+    def raw_maps(
+        self, batch: Tensor, *, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(map_st, map_ae)``, each ``(N, 1, h, w)`` at feature resolution, not normalised, without gradient.
 
-        float64 in a float64 plan, float32 in all others. ``batch``: ``(N, 3, H, W)``, preprocessed, any floating
-        dtype, on any device.
+        New tensors, which the caller may keep and change: float64 in a float64 plan, float32 in all others.
+
+        Args:
+            batch: ``(N, 3, H, W)``, preprocessed, any floating dtype, on any device, of any size that the networks
+                admit.
+            statistics: the teacher's mean and std, ``(1, C, 1, 1)``, for this call in place of the plan's.
         """
 
     def combined_map(self, batch: Tensor) -> Tensor:
@@ -123,25 +129,30 @@ class ReferencePlan(Plan):
             return placed.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
         self._networks = tuple(place(network) for network in (source.teacher, source.student, source.autoencoder))
-        map_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._map_dtype = map_dtype
-        self._mean, self._std = (
-            None if statistic is None else statistic.to(device=device, dtype=map_dtype)
-            for statistic in (source.teacher_mean, source.teacher_std)
-        )
+        self._map_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._statistics = self._placed((source.teacher_mean, source.teacher_std))
 
-    @torch.inference_mode()
-    def raw_maps(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def raw_maps(
+        self, batch: Tensor, *, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         placed = batch.to(device=self.device, dtype=self.dtype).contiguous(memory_format=torch.channels_last)
         # Differences and squares of half-precision features lose too much in half precision.
         teacher, student, autoencoder = (network(placed).to(self._map_dtype) for network in self._networks)
-        return maps.raw_maps(teacher, student, autoencoder, self._mean, self._std)
+        mean, std = self._statistics if statistics is None else self._placed(statistics)
+        return maps.raw_maps(teacher, student, autoencoder, mean, std)
+
+    def _placed(self, statistics: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [
+            None if statistic is None else statistic.to(device=self.device, dtype=self._map_dtype)
+            for statistic in statistics
+        ]
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A dtype of :data:`DTYPES` by name or as itself; anything else is an :class:`InputError`."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     return found
 

@@ -82,7 +82,7 @@ def test_an_infinite_threshold_and_missing_quantiles_survive_saving(tmp_path: Pa
 
 
 def test_loading_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
-    with pytest.raises(DetectorFileError, match="no file"):
+    with pytest.raises(DetectorFileError, match="No detector file"):
         Detector.load(tmp_path / "absent.safetensors")
     path = small_detector().save(tmp_path / "m.safetensors")
     whole = path.read_bytes()

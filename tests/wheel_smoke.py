@@ -13,15 +13,13 @@ import numpy as np
 import torch
 
 import efficientad_fast
-from efficientad_fast import native, ops
+from efficientad_fast import native, ops, triton_kernels
 
 
 def check_installed() -> None:
     package = Path(efficientad_fast.__file__).resolve().parent
     assert "site-packages" in package.parts, f"not the installed package but {package}"
-    import efficientad_fast.triton_kernels
-
-    assert Path(efficientad_fast.triton_kernels.__file__).parent == package / "triton_kernels"
+    assert Path(triton_kernels.__file__).parent == package / "triton_kernels"
 
 
 def check_operators() -> None:

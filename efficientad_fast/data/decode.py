@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
 from efficientad_fast.errors import ImageError, InputError
 
-FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of what is read. Its other readers stay shut: one of them starts an interpreter."""
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 
 _UINT16_MAX = 65535
 
-# What Pillow's readers raise on damaged or hostile files, found by damaging files of every format above.
+# What the readers of Pillow's many versions let out on damaged files, where one exception would do.
 _DECODER_FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -100,9 +100,7 @@ def decode_image(
     if channel_order not in CHANNEL_ORDERS:
         raise InputError(f"channel_order is {channel_order!r}; expected 'rgb', or 'bgr' for arrays from OpenCV")
     if max_value is not None and (
-        isinstance(max_value, bool)
-        or not isinstance(max_value, int | np.integer)
-        or not 1 <= max_value <= _UINT16_MAX
+        isinstance(max_value, bool) or not isinstance(max_value, int | np.integer) or not 1 <= max_value <= _UINT16_MAX
     ):
         raise InputError(
             f"max_value is {max_value!r}; expected an integer from 1 to 65535, the value that white has, such as "
@@ -113,7 +111,8 @@ def decode_image(
     if isinstance(source, np.ndarray):
         return _from_array(source, channel_order, max_value)
     if isinstance(source, Image.Image):
-        name = f"PIL image {source.filename}" if getattr(source, "filename", "") else "PIL image"
+        file = getattr(source, "filename", "")
+        name = f"PIL image {file}" if file else "PIL image"
         return _from_pillow(source, name, max_value, apply_exif)
     if isinstance(source, str | os.PathLike):
         return _from_file(source, max_value, apply_exif)
@@ -124,7 +123,7 @@ def decode_image(
 
 
 def _from_file(path: str | os.PathLike[str], max_value: int | None, apply_exif: bool) -> Tensor:
-    name = os.fspath(path)
+    name = os.fsdecode(path) or "."
     try:
         status = Path(name).stat()
     except FileNotFoundError as error:
@@ -141,19 +140,18 @@ def _from_file(path: str | os.PathLike[str], max_value: int | None, apply_exif: 
     if status.st_size == 0:
         raise ImageError(f"{name}: the file is empty; copy or record it again")
     try:
-        with Image.open(name, formats=FORMATS) as image:
-            return _from_pillow(image, name, max_value, apply_exif)
-    except ImageError:
-        raise
-    except Image.UnidentifiedImageError as error:
+        image = Image.open(name, formats=FORMATS)
+    except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: not an image, or one of an unknown kind; BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF and WebP files "
-            f"are read, whatever their suffix"
+            f"{name}: not an image, of an unknown kind, or too damaged to tell; BMP, GIF, JPEG, JPEG 2000, PNG, PPM, "
+            f"TIFF and WebP files are read, whatever their suffix"
         ) from error
     except PermissionError as error:
         raise ImageError(f"{name}: permission denied; allow this user to read the file") from error
     except _DECODER_FAILURES as error:
         raise _decoder_failure(name, error) from error
+    with image:
+        return _from_pillow(image, name, max_value, apply_exif)
 
 
 def _decoder_failure(name: str, error: BaseException) -> ImageError:
@@ -299,4 +297,4 @@ def _from_floats(pixels: NDArray[np.generic], name: str, reverse: bool) -> Tenso
         advice = "divide by the value that white has"
     else:
         advice = "clip what overshoots, and leave the normalisation by mean and standard deviation to the detector"
-    raise ImageError(f"{name}: values from {lowest:.6g} to {highest:.6g}, expected [0, 1]; {advice}")
+    raise ImageError(f"{name}: values from {lowest:.8g} to {highest:.8g}, expected [0, 1]; {advice}")

@@ -89,7 +89,7 @@ def _find_images(folder: Path) -> list[Path]:
         entered.add((status.st_dev, status.st_ino))
         for entry in _entries(current):
             path = current / entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 (links if entry.is_symlink() else pending).append(path)
             elif path.suffix.lower() in IMAGE_SUFFIXES:
                 images.append(path)
@@ -118,6 +118,14 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     return (entry for entry in found if not entry.name.startswith("."))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself, or through a folder that may not be searched.
+        return False
+
+
 def open_dataset(root: str | os.PathLike[str]) -> Dataset:
     """Find the images of a data set without opening them.
 
@@ -140,21 +148,18 @@ def open_dataset(root: str | os.PathLike[str]) -> Dataset:
             others as far as folder names tell.
     """
     root = Path(root)
-    folders = {entry.name for entry in _existing_entries(root) if entry.is_dir()}
+    _folder_status(root)
+    folders = {entry.name for entry in _entries(root) if _is_folder(entry)}
     if not folders.intersection(_LAYOUT_FOLDERS):
         return Dataset(root, root.resolve().name, _flat_images(root), (), ())
     good = root / "train" / GOOD
     if not good.is_dir():
+        found = ", ".join(f"{name}/" for name in _LAYOUT_FOLDERS if name in folders)
         raise DatasetError(
-            f"{root}: has {', '.join(name + '/' for name in _LAYOUT_FOLDERS if name in folders)} but no train/{GOOD}/; "
-            f"expected the good images to train on in {good}. To train on a folder of good images alone, give that folder"
+            f"{root}: has {found} but no train/{GOOD}/; put the good images to train on into {good}, or, to train on "
+            f"a folder of good images alone, give that folder"
         )
     return Dataset(root, root.resolve().name, tuple(list_images(good)), _validation_images(root), _test_images(root))
-
-
-def _existing_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    _folder_status(folder)
-    return _entries(folder)
 
 
 def _flat_images(root: Path) -> tuple[Path, ...]:
@@ -182,7 +187,10 @@ def _validation_images(root: Path) -> tuple[Path, ...]:
     if not folder.is_dir():
         return ()
     if not (folder / GOOD).is_dir():
-        raise DatasetError(f"{folder}: has no {GOOD}/; expected good images in {folder / GOOD}, or no {folder.name}/ at all")
+        raise DatasetError(
+            f"{folder}: has no {GOOD}/; put good images into {folder / GOOD}, or remove {folder} to have validation "
+            f"images drawn from the training images"
+        )
     return tuple(list_images(folder / GOOD))
 
 
@@ -193,7 +201,7 @@ def _test_images(root: Path) -> tuple[TestImage, ...]:
     images = []
     for entry in _entries(folder):
         path = folder / entry.name
-        if entry.is_dir():
+        if _is_folder(entry):
             images.extend(_defect_images(path, root / "ground_truth" / entry.name))
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             raise DatasetError(

@@ -49,6 +49,8 @@ _FUSE_COLOURS: tuple[Colour, ...] = ((0.88, 0.68, 0.10), (0.78, 0.15, 0.12), (0.
 _WASHER_RADIUS = 0.037
 _HOLE_RADIUS = 0.020
 # Digits of three by five cells; each character is a row in binary.
+_BATCH = (4, 1, 7, 3)
+_BAR_CODE = 0b1101001100101101110010011010110011
 _DIGITS = ("75557", "26227", "71747", "71717", "55711", "74717", "74757", "71222", "75757", "75717")
 
 
@@ -91,19 +93,17 @@ class _Surface:
         self.shadow = shadow
         """Direction in which shadows fall, as long as a shadow of something one unit high."""
         width, height = (2 * round(half * self.scale) for half in _CANVAS_HALF)
-        self.x: Floats = ((np.arange(width, dtype=np.float32) + 0.5) / self.scale - width / 2 / self.scale)[
-            None, :
-        ]
-        self.y: Floats = ((np.arange(height, dtype=np.float32) + 0.5) / self.scale - height / 2 / self.scale)[
-            :, None
-        ]
+        self.x: Floats = ((np.arange(width, dtype=np.float32) + 0.5) / self.scale - width / 2 / self.scale)[None, :]
+        self.y: Floats = ((np.arange(height, dtype=np.float32) + 0.5) / self.scale - height / 2 / self.scale)[:, None]
         self.colour = np.zeros((height, width, 3), np.float32)
         self.height = np.zeros((height, width), np.float32)
         """In canvas pixels."""
         self.gloss = np.zeros((height, width), np.float32)
         self.shade = np.ones((height, width), np.float32)
         """Share of the light that shadows let through."""
-        self.coverage = np.zeros((height, width), np.float32)
+        self.outline: Floats = self.inside(_box(*_PLATE_HALF, corner=0.03)(self.x, self.y))
+        """The plate without holes and damage: what casts the shadow on the belt."""
+        self.coverage = self.outline.copy()
         self.bare = np.ones((height, width), np.float32)
         """1 where the metal of the plate lies open."""
 
@@ -218,7 +218,7 @@ class _Arrangement:
     label_angle: float
     capacitor_angle: float
     serial: list[int]
-    bars: NDArray[np.bool_]
+    """The last two digits of the number on the label."""
     metal: float
     """Brightness of the plate's metal."""
 
@@ -232,8 +232,7 @@ def _good_arrangement(rng: Rng) -> _Arrangement:
         offsets=rng.uniform(-0.003, 0.003, (6, 2)),
         label_angle=float(rng.uniform(-0.04, 0.04)),
         capacitor_angle=float(rng.uniform(-0.15, 0.15)),
-        serial=rng.integers(0, 10, 6).tolist(),
-        bars=rng.random(34) < 0.5,
+        serial=rng.integers(0, 10, 2).tolist(),
         metal=float(rng.uniform(0.56, 0.64)),
     )
 
@@ -246,8 +245,9 @@ def _brushed(rng: Rng, height: int, width: int, length: int) -> Floats:
     return streaks
 
 
-def _smooth_noise(rng: Rng, height: int, width: int, cells: int) -> Floats:
-    """Noise (height, width) with ``cells`` bumps across, about zero mean and unit variance."""
+def _smooth_noise(rng: Rng, shape: tuple[int, ...], cells: int) -> Floats:
+    """Noise of shape (height, width) with ``cells`` bumps across, about zero mean and unit variance."""
+    height, width = shape
     rows = max(2, round(cells * height / width))
     coarse = Image.fromarray(rng.standard_normal((rows, cells), dtype=np.float32))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
@@ -266,17 +266,14 @@ def _draw_plate(surface: _Surface, rng: Rng, metal: float) -> None:
     """Brushed metal with chamfered edges, a broad sheen and faint clouding."""
     height, width = surface.height.shape
     distance = _box(*_PLATE_HALF, corner=0.03)(surface.x, surface.y)
-    surface.coverage[:] = surface.inside(distance)
     chamfer = np.clip(-distance / np.float32(0.012), 0, 1)
     surface.height[:] = np.float32(0.010 * surface.scale) * (chamfer - 1)
     grain = np.float32(0.030) * _brushed(rng, height, width, max(2, round(0.16 * surface.scale)))
     grain += np.float32(0.018) * _brushed(rng, height, width, max(2, round(0.03 * surface.scale)))
-    grain += np.float32(0.015) * _smooth_noise(rng, height, width, 7)
+    grain += np.float32(0.015) * _smooth_noise(rng, (height, width), 7)
     direction, place = rng.uniform(0, math.pi), rng.uniform(-0.3, 0.3)
     across = surface.x * np.float32(math.cos(direction)) + surface.y * np.float32(math.sin(direction))
-    sheen = np.float32(rng.uniform(0.0, 0.12)) * np.exp(
-        -(((across - np.float32(place)) / np.float32(0.16)) ** 2)
-    )
+    sheen = np.float32(rng.uniform(0.0, 0.12)) * np.exp(-(((across - np.float32(place)) / np.float32(0.16)) ** 2))
     brightness = np.float32(metal) + grain + sheen
     surface.colour[:] = brightness[..., None] * np.array((0.99, 1.0, 1.025), np.float32)
     surface.gloss[:] = 0.25
@@ -284,21 +281,15 @@ def _draw_plate(surface: _Surface, rng: Rng, metal: float) -> None:
 
 def _draw_screw(surface: _Surface, centre: Point, angle: float) -> None:
     """A cross-head screw on its washer."""
-    surface.lay(
-        _disc(_WASHER_RADIUS), centre, 0.05, (0.72, 0.72, 0.70), thickness=0.004, bevel=0.003, gloss=0.4
-    )
-    surface.lay(
-        _disc(0.026), centre, 0.04, (0.50, 0.50, 0.51), base=0.004, thickness=0.009, bevel=0.018, gloss=0.5
-    )
+    surface.lay(_disc(_WASHER_RADIUS), centre, 0.05, (0.72, 0.72, 0.70), thickness=0.004, bevel=0.003, gloss=0.4)
+    surface.lay(_disc(0.026), centre, 0.04, (0.50, 0.50, 0.51), base=0.004, thickness=0.009, bevel=0.018, gloss=0.5)
     for turn in (0.0, math.pi / 2):
         surface.engrave(_box(0.016, 0.0042), centre, 0.03, angle=angle + turn, depth=0.006, dark=0.35)
 
 
 def _draw_connector(surface: _Surface, centre: Point) -> None:
     """A housing with two columns of five pins."""
-    surface.lay(
-        _box(0.056, 0.125, 0.008), centre, 0.15, (0.84, 0.83, 0.78), thickness=0.022, bevel=0.008, gloss=0.1
-    )
+    surface.lay(_box(0.056, 0.125, 0.008), centre, 0.15, (0.84, 0.83, 0.78), thickness=0.022, bevel=0.008, gloss=0.1)
     key = (centre[0] - 0.056, centre[1])
     surface.lay(_box(0.012, 0.035), key, 0.05, (0.80, 0.79, 0.74), thickness=0.016, bevel=0.006, casts=False)
     for row in range(5):
@@ -319,9 +310,7 @@ def _draw_connector(surface: _Surface, centre: Point) -> None:
 
 def _draw_relay(surface: _Surface, centre: Point) -> None:
     """A black block with a notch and printing."""
-    surface.lay(
-        _box(0.11, 0.082, 0.01), centre, 0.14, (0.13, 0.135, 0.15), thickness=0.03, bevel=0.012, gloss=0.25
-    )
+    surface.lay(_box(0.11, 0.082, 0.01), centre, 0.14, (0.13, 0.135, 0.15), thickness=0.03, bevel=0.012, gloss=0.25)
     surface.engrave(_disc(0.011), (centre[0] - 0.085, centre[1] - 0.055), 0.02, depth=0.004, dark=0.6)
     ink: Colour = (0.75, 0.75, 0.72)
     surface.print_cells(_digits([2, 4, 0, 5]), (centre[0] + 0.005, centre[1] - 0.03), 0.0072, 0.0, ink, 0.85)
@@ -333,7 +322,7 @@ def _draw_relay(surface: _Surface, centre: Point) -> None:
 
 
 def _draw_label(surface: _Surface, centre: Point, arrangement: _Arrangement) -> None:
-    """A white sticker with a serial number and its bar code."""
+    """A white sticker with a bar code and a running number."""
     angle = arrangement.label_angle
     surface.lay(
         _box(0.115, 0.052, 0.006),
@@ -346,11 +335,11 @@ def _draw_label(surface: _Surface, centre: Point, arrangement: _Arrangement) -> 
         gloss=0.05,
     )
     cells = np.zeros((15, 34), np.bool_)
-    cells[1:6, 1:24] = _digits(arrangement.serial)
+    cells[1:6, 1:24] = _digits([*_BATCH, *arrangement.serial])
     cells[1:6, 27:33] = True
     cells[2:5, 28:32] = False
-    cells[8:14] = arrangement.bars
-    surface.print_cells(cells, centre, 0.0058, angle, (0.12, 0.12, 0.13), 0.9)
+    cells[8:14] = [bool(_BAR_CODE >> bit & 1) for bit in range(34)]
+    surface.print_cells(cells, centre, 0.0058, angle, (0.22, 0.22, 0.24), 0.9)
 
 
 def _draw_fuse(surface: _Surface, centre: Point, colour: Colour) -> None:
@@ -402,9 +391,7 @@ def _draw_capacitor(surface: _Surface, centre: Point, angle: float) -> None:
         thickness=0.0005,
         casts=False,
     )
-    surface.lay(
-        _disc(0.046), centre, 0.06, (0.70, 0.71, 0.72), base=0.034, thickness=0.002, gloss=0.4, casts=False
-    )
+    surface.lay(_disc(0.046), centre, 0.06, (0.70, 0.71, 0.72), base=0.034, thickness=0.002, gloss=0.4, casts=False)
     for turn in (0.0, math.pi / 2):
         surface.engrave(_box(0.034, 0.0028), centre, 0.05, angle=angle + turn, depth=0.003, dark=0.55)
 
@@ -519,9 +506,7 @@ def _scratch(surface: _Surface, rng: Rng) -> Floats:
         points -= 0.5 * length * np.array((math.cos(direction), math.sin(direction)))
         points += np.array((width, height)) / (2 * surface.scale)
         pen = thickness * (1 - (2 * steps) ** 4)
-        for (x0, y0), (x1, y1), w in zip(
-            points[:-1].tolist(), points[1:].tolist(), pen.tolist(), strict=False
-        ):
+        for (x0, y0), (x1, y1), w in zip(points[:-1].tolist(), points[1:].tolist(), pen.tolist(), strict=False):
             line = [4 * surface.scale * value for value in (x0, y0, x1, y1)]
             draw.line(line, fill=255, width=max(2, round(4 * surface.scale * w)))
         start = start + rng.normal(0, 0.03, 2)
@@ -539,7 +524,8 @@ def _scratch(surface: _Surface, rng: Rng) -> Floats:
     surface.colour += (strength * groove * (target - luminance))[..., None]
     surface.colour += (np.float32(0.3) * strength * burr)[..., None]
     surface.gloss *= 1 - groove
-    return np.maximum(groove, burr)
+    touched: Floats = np.maximum(groove, burr)
+    return touched
 
 
 def _dent(surface: _Surface, rng: Rng) -> Floats:
@@ -578,17 +564,15 @@ def _stain(surface: _Surface, rng: Rng) -> Floats:
     window = surface.window(centre, 2.6 * radius)
     area = window.area
     distance = _ragged_disc(rng, window, radius, 0.08, 7)
-    distance += np.float32(0.10 * radius) * _smooth_noise(rng, *distance.shape, 12)
+    distance += np.float32(0.10 * radius) * _smooth_noise(rng, distance.shape, 12)
     for _ in range(int(rng.integers(0, 5))):
         turn, away = float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(1.2, 1.9)) * radius
-        drop = _disc(float(rng.uniform(0.08, 0.2)) * radius)
+        drop = _disc(max(0.005, float(rng.uniform(0.08, 0.2)) * radius))
         u, v = window.u - np.float32(away * math.cos(turn)), window.v - np.float32(away * math.sin(turn))
         distance = np.minimum(distance, drop(u, v))
     covered = np.clip(np.float32(0.5) - distance * np.float32(1 / 0.006), 0, 1) * (surface.coverage[area] > 0)
     edge = np.exp(-((distance / np.float32(0.008)) ** 2))
-    clouds = np.clip(
-        1 + np.float32(0.15) * _smooth_noise(rng, *distance.shape, 9), np.float32(0.6), np.float32(1.3)
-    )
+    clouds = np.clip(1 + np.float32(0.15) * _smooth_noise(rng, distance.shape, 9), np.float32(0.6), np.float32(1.3))
     opacity = np.clip(np.float32(rng.uniform(0.55, 0.85)) * clouds + np.float32(0.15) * edge, 0, 1) * covered
     colour = np.asarray(_STAINS[rng.integers(len(_STAINS))], np.float32) * np.float32(rng.uniform(0.85, 1.15))
     tint = colour * (1 - np.float32(0.35) * edge)[..., None]
@@ -700,9 +684,8 @@ def _lit(surface: _Surface, scene: _Scene) -> Floats:
     for _ in range(5):
         facing *= facing
     brightness = surface.shade * (np.float32(0.4) + np.float32(0.6) * diffuse)
-    lit: Floats = surface.colour * brightness[..., None]
-    lit += (surface.gloss * surface.shade * facing)[..., None]
-    return lit
+    lit = surface.colour * brightness[..., None] + (surface.gloss * surface.shade * facing)[..., None]
+    return lit.astype(np.float32, copy=False)
 
 
 def _posed(layer: Image.Image, scene: _Scene, size: int) -> Image.Image:
@@ -729,9 +712,9 @@ def _belt(rng: Rng, size: int) -> Floats:
     phase_x, phase_y = (np.float32(value) for value in rng.uniform(0, 2 * math.pi, 2))
     rising = np.sin(wave * (pixel[None, :] + pixel[:, None]) + phase_x)
     falling = np.sin(wave * (pixel[None, :] - pixel[:, None]) + phase_y)
-    belt = np.float32(rng.uniform(0.20, 0.24)) + np.float32(0.035) * rising * falling
+    belt: Floats = np.float32(rng.uniform(0.20, 0.24)) + np.float32(0.035) * rising * falling
     belt += np.float32(0.020) * rng.standard_normal((size, size), dtype=np.float32)
-    belt += np.float32(0.018) * _smooth_noise(rng, size, size, 9)
+    belt += np.float32(0.018) * _smooth_noise(rng, (size, size), 9)
     return belt
 
 
@@ -739,12 +722,12 @@ def _as_layer(values: Floats) -> Image.Image:
     return Image.fromarray(np.clip(values * np.float32(255) + np.float32(0.5), 0, 255).astype(np.uint8))
 
 
-def _photograph(surface: _Surface, outline: Floats, scene: _Scene, rng: Rng, size: int) -> NDArray[np.uint8]:
-    """The image (size, size, 3) of the part on the belt; ``outline`` is the coverage that casts the shadow."""
+def _photograph(surface: _Surface, scene: _Scene, rng: Rng, size: int) -> NDArray[np.uint8]:
+    """The image (size, size, 3) of the part on the belt."""
     lit = _lit(surface, scene) * surface.coverage[..., None]
     part = np.asarray(_posed(_as_layer(lit), scene, size), np.float32) / np.float32(255)
     covered = np.asarray(_posed(_as_layer(surface.coverage), scene, size), np.float32) / np.float32(255)
-    shadow_layer = _posed(_as_layer(outline), scene, size)
+    shadow_layer = _posed(_as_layer(surface.outline), scene, size)
     away = (-0.022 * size * math.cos(scene.azimuth), -0.022 * size * math.sin(scene.azimuth))
     shadow_layer = shadow_layer.transform(
         shadow_layer.size, Image.Transform.AFFINE, (1, 0, -away[0], 0, 1, -away[1]), Image.Resampling.BILINEAR
@@ -772,9 +755,7 @@ class Sample:
     mask: NDArray[np.bool_]
 
 
-def render_sample(
-    group: str, index: int, *, seed: int = 0, size: int = 256, flawless: bool = False
-) -> Sample:
+def render_sample(group: str, index: int, *, seed: int = 0, size: int = 256, flawless: bool = False) -> Sample:
     """Render image ``index`` of a group of the sample set.
 
     Args:
@@ -809,14 +790,11 @@ def render_sample(
     defect = np.zeros_like(surface.height)
     for mark in marks:
         window = surface.window(mark.centre, mark.reach)
-        np.maximum(
-            defect[window.area], surface.inside(mark.shape(window.u, window.v)), out=defect[window.area]
-        )
-    outline = surface.coverage.copy()
+        np.maximum(defect[window.area], surface.inside(mark.shape(window.u, window.v)), out=defect[window.area])
     if group in _STRUCTURAL and not flawless:
         defect = _STRUCTURAL[group](surface, defect_rng)
-    mask = np.asarray(_posed(_as_layer(defect), scene, size)) > 64
-    return Sample(_photograph(surface, outline, scene, rng, size), mask)
+    mask = np.asarray(_posed(_as_layer(defect), scene, size)) > 25
+    return Sample(_photograph(surface, scene, rng, size), mask)
 
 
 # The set.
@@ -854,15 +832,9 @@ def _check_folder(out: Path, description: dict[str, int]) -> None:
             f"{out} is not empty and holds no sample set: nothing was written. Name a new or an empty folder."
         )
     if found != description:
-        differing = sorted(
-            key for key in description.keys() | found.keys() if description.get(key) != found.get(key)
-        )
-        changes = ", ".join(
-            f"{key} {found.get(key)} there, {description.get(key)} asked for" for key in differing
-        )
-        raise DatasetError(
-            f"{out} holds another sample set ({changes}). Name another folder, or remove that one."
-        )
+        differing = sorted(key for key in description.keys() | found.keys() if description.get(key) != found.get(key))
+        changes = ", ".join(f"{key} {found.get(key)} there, {description.get(key)} asked for" for key in differing)
+        raise DatasetError(f"{out} holds another sample set ({changes}). Name another folder, or remove that one.")
 
 
 def _write_png(pixels: NDArray[np.uint8], target: Path) -> None:
@@ -966,11 +938,13 @@ def mean_image_baseline(
         One score for each test image, in [0, 255].
 
     Raises:
-        InputError: ``train`` is empty.
+        InputError: ``train`` is empty, or the reduction is unknown.
         OSError: an image could not be read.
     """
     if not train:
         raise InputError("The mean training image needs at least one image, got none.")
+    if reduction not in ("max", "mean", "smoothed_max"):
+        raise InputError(f"Unknown reduction {reduction!r}: expected max, mean or smoothed_max.")
 
     def pixels(path: Path) -> Floats:
         with Image.open(path) as image:

@@ -299,9 +299,7 @@ def _palette(rng: Rng, count: int) -> NDArray[np.float32]:
     saturation = np.clip(rng.beta(1.2, 2.5) + 0.2 * rng.standard_normal(count), 0, 1)
     value = rng.uniform(0.05, 1.0, count)
     distance = np.abs(((hue[:, None] * 6 + np.array((0.0, 4.0, 2.0))) % 6) - 3) - 1
-    colours: NDArray[np.float64] = (
-        255 * value[:, None] * (1 - saturation[:, None] * (1 - np.clip(distance, 0, 1)))
-    )
+    colours: NDArray[np.float64] = 255 * value[:, None] * (1 - saturation[:, None] * (1 - np.clip(distance, 0, 1)))
     return colours.astype(np.float32)
 
 

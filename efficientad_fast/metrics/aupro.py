@@ -1,7 +1,7 @@
 """Area under the per-region overlap curve (AU-PRO).
 
-Source: Bergmann et al., "Uninformed Students", CVPR 2020, and "The MVTec Anomaly Detection Dataset", IJCV 2021: per-region
-overlap integrated up to a false-positive rate of 0.3.
+Source: Bergmann et al., "Uninformed Students", CVPR 2020, and "The MVTec Anomaly Detection Dataset", IJCV 2021:
+per-region overlap integrated up to a false-positive rate of 0.3.
 """
 
 from __future__ import annotations

@@ -112,9 +112,9 @@ def areas_per_positive(
     rise[order] = (count - np.searchsorted(negatives, positives[order], side="right")) / count
     top[order] = (count - np.searchsorted(negatives, positives[order], side="left")) / count
     end = np.clip(limit, rise, top)
-    with np.errstate(invalid="ignore"):
-        height = np.where(top > rise, (end - rise) / (top - rise), 1.0)
-    return 0.5 * (end - rise) * height + np.maximum(limit - top, 0.0)
+    height = np.divide(end - rise, top - rise, out=np.zeros_like(rise), where=top > rise)
+    areas: NDArray[np.float64] = 0.5 * (end - rise) * height + np.maximum(limit - top, 0.0)
+    return areas
 
 
 def check_maps(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,8 @@ from torch import Tensor
 from efficientad_fast.errors import InputError
 from efficientad_fast.reference.networks import SMALLEST_SIDE
 
-ResizeMethod = Literal["antialias", "pillow"]
+Resize = Literal["antialias", "pillow"]
 """How an image is brought to the network size, see :func:`preprocess`."""
-
-RESIZE_METHODS: tuple[ResizeMethod, ...] = ("antialias", "pillow")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -108,7 +106,7 @@ def _resize_rows(image: Tensor, target: int) -> Tensor:
     length = image.shape[1]
     if length == target:
         return image
-    source = image.to(torch.int32)
+    source = image.contiguous().to(torch.int32)
     total = torch.full((3, target, image.shape[2]), 1 << (_FRACTION_BITS - 1), dtype=torch.int32, device=image.device)
     for positions, weights in _bilinear_taps(length, target):
         total += source.index_select(1, positions.to(image.device)) * weights.to(image.device).view(-1, 1)
@@ -128,15 +126,16 @@ def resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
         size: (height, width) of the result in pixels.
 
     Returns:
-        ``(3, height, width)`` uint8.
+        ``(3, height, width)`` uint8, contiguous; ``image`` itself where it is so already.
 
     Raises:
         InputError: ``image`` has another shape or dtype, or ``size`` is not a pair of positive integers.
     """
     _check_image(image)
     height, width = _checked_size(size)
-    columns_first = _resize_rows(_to_uint8(image).transpose(1, 2).contiguous(), width)
-    return _resize_rows(columns_first.transpose(1, 2).contiguous(), height)
+    columns = _to_uint8(image).transpose(1, 2)
+    rows = _resize_rows(columns, width).transpose(1, 2)
+    return _resize_rows(rows, height).contiguous()
 
 
 def resize_antialias(image: Tensor, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -154,15 +153,20 @@ def resize_antialias(image: Tensor, size: tuple[int, int], dtype: torch.dtype = 
         InputError: ``image`` has another shape or dtype, or ``size`` is not a pair of positive integers.
     """
     _check_image(image)
+    height, width = _checked_size(size)
     unit = _to_unit_range(image, dtype).unsqueeze(0)
-    return F.interpolate(unit, _checked_size(size), mode="bilinear", antialias=True, align_corners=False).squeeze(0)
+    if width == 1:
+        # PyTorch 2.13 on the CPU repeats a row for all others in results one pixel wide.
+        turned = F.interpolate(unit.mT, (width, height), mode="bilinear", antialias=True, align_corners=False)
+        return turned.mT.squeeze(0)
+    return F.interpolate(unit, (height, width), mode="bilinear", antialias=True, align_corners=False).squeeze(0)
 
 
 def preprocess(
     image: Tensor,
     size: tuple[int, int],
     *,
-    resize: str = "antialias",
+    resize: Resize = "antialias",
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
@@ -194,7 +198,7 @@ def preprocess(
     elif resize == "pillow":
         resized = _to_unit_range(resize_pillow(image, size), working)
     else:
-        raise InputError(f"resize is {resize!r}; expected one of {', '.join(map(repr, RESIZE_METHODS))}")
+        raise InputError(f"resize is {resize!r}; expected {' or '.join(map(repr, get_args(Resize)))}")
     shift = torch.tensor(tuple(mean), dtype=working, device=image.device).view(3, 1, 1)
     scale = torch.tensor(tuple(std), dtype=working, device=image.device).view(3, 1, 1)
     return ((resized - shift) / scale).to(dtype).contiguous()

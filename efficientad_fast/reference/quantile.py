@@ -30,6 +30,9 @@ def _ranks(quantiles: Sequence[float], count: int) -> list[tuple[int, int, float
 
 
 def _interpolate(lower: float, upper: float, along: float) -> float:
+    # An infinite neighbour must not make a NaN of a rank that does not reach it.
+    if along == 0 or lower == upper:
+        return lower
     # From the nearer end, so that both ends are exact and the result never leaves [lower, upper].
     difference = upper - lower
     return lower + difference * along if along < 0.5 else upper - difference * (1 - along)
@@ -43,7 +46,8 @@ def quantile(values: Tensor, quantiles: Sequence[float]) -> Tensor:
         quantiles: numbers in [0, 1].
 
     Returns:
-        ``(len(quantiles),)``, dtype and device of ``values``. NaN where ``values`` holds a NaN.
+        ``(len(quantiles),)``, dtype and device of ``values``; half precision is rounded to by way of float32. NaN where
+        ``values`` holds a NaN; between a number and an infinity, not finite.
 
     Raises:
         InputError: no elements, or a quantile outside [0, 1].
@@ -84,8 +88,8 @@ def streamed_quantiles(chunks: Callable[[], Iterable[Tensor]], quantiles: Sequen
         quantiles: numbers in [0, 1].
 
     Returns:
-        One float per quantile, exactly ``float32(numpy.quantile(all values in float64))``; all NaN where there is a
-        NaN in the stream.
+        One float per quantile, exactly ``float32(numpy.quantile(all values in float64))`` for finite values; all NaN
+        where there is a NaN in the stream.
 
     Raises:
         InputError: an empty stream, another dtype, or a quantile outside [0, 1].

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from efficientad_fast.data.decode import decode_image
-from efficientad_fast.data.folders import load_mask
+from efficientad_fast.data.folders import GOOD, load_mask
 from efficientad_fast.errors import ImageError, InputError
-from efficientad_fast.evaluation import GOOD, Evaluation, ImageResult, KindResult
+from efficientad_fast.evaluation import Evaluation, ImageResult, KindResult
 from efficientad_fast.files import atomic_path
 from efficientad_fast.report.overlays import colour_range, overlay
 from efficientad_fast.report.plots import kind_colour, roc_plot, score_histogram
@@ -29,10 +29,13 @@ MAX_MISTAKES = 1000
 """Misses and false alarms beyond this many are counted and not shown; the worst are."""
 
 _LARGEST_SIDE, _SMALLEST_SIDE = 256, 96
-_PIXEL_BUDGET = 12_000_000
-"""Thumbnail pixels of a whole report, about 9 MB as JPEG in base64; with many rows thumbnails shrink to keep to it."""
+_PIXEL_BUDGET = 16_000_000
+"""Thumbnail pixels of a whole report, 3 to 8 MB as JPEG in base64; with many rows thumbnails shrink to keep to it."""
 
 _JPEG_QUALITY = 82
+
+_ABSENT = "\N{EN DASH}"
+"""Shown for a figure that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,18 @@ class _Card:
 
 
 def write_report(
-    evaluation: Evaluation, out: str | os.PathLike[str], *, detector_summary: Mapping[str, object], max_per_kind: int = 8
+    evaluation: Evaluation,
+    out: str | os.PathLike[str],
+    *,
+    detector_summary: Mapping[str, object],
+    max_per_kind: int = 8,
 ) -> Path:
     """Write an evaluation as one self-contained HTML file, atomically.
 
     It shows the figures, the distribution of scores, the ROC curve, every miss and false alarm (the worst first, up
     to :data:`MAX_MISTAKES`) and some correct decisions of each kind, evenly spaced by score, each as the image, its
-    map on one colour scale for the whole report (:func:`~efficientad_fast.report.overlays.colour_range`) and its ground truth.
+    map on one colour scale for the whole report (:func:`~efficientad_fast.report.overlays.colour_range`), and its
+    ground truth.
 
     Args:
         evaluation: what to show. Its images and masks are read again, and must still be where they were: one that
@@ -77,7 +85,9 @@ def write_report(
     """
     target = Path(out)
     if target.is_dir():
-        raise InputError(f"{target} is a folder, expected the name of a file to write, such as {target / 'report.html'}.")
+        raise InputError(
+            f"{target} is a folder, expected the name of a file to write, such as {target / 'report.html'}."
+        )
     if max_per_kind < 0:
         raise InputError(f"max_per_kind must be 0 or more, got {max_per_kind}.")
     page = _render(evaluation, detector_summary, max_per_kind)
@@ -121,7 +131,6 @@ def _render(evaluation: Evaluation, detector_summary: Mapping[str, object], max_
         facts=_facts(detector_summary),
         rows=_kind_rows(evaluation),
         groups=list(evaluation.groups.items()),
-        all_defects=evaluation.defective,
         histogram=score_histogram(evaluation),
         roc=roc_plot(evaluation),
         mistakes=[
@@ -176,10 +185,7 @@ def _card(evaluation: Evaluation, image: ImageResult, colours: tuple[float, floa
             else:
                 extent = f", {100 * truth.mean():.2g} %"
                 mask = _data_uri(_thumbnail(Image.fromarray(truth.astype(np.uint8) * 255), side), "PNG")
-    if image.defect == GOOD:
-        colour = "--good"
-    else:
-        colour = kind_colour(list(evaluation.kinds).index(image.defect))
+    colour = kind_colour(list(evaluation.kinds).index(image.defect)) if image.anomalous else "--good"
     threshold = evaluation.threshold
     comparable = math.isfinite(threshold) and threshold > 0
     return _Card(
@@ -212,7 +218,7 @@ def _thumbnail(picture: Image.Image, side: int) -> Image.Image:
     if scale >= 1:
         return picture
     width, height = (max(1, round(length * scale)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.BOX, reducing_gap=None)
+    return picture.resize((width, height), Image.Resampling.BOX)
 
 
 def _data_uri(picture: Image.Image, kind: str) -> str:
@@ -231,7 +237,7 @@ def _legend(vmin: float, vmax: float) -> str:
 
 
 def _position(value: float, colours: tuple[float, float]) -> float | None:
-    """Place on the colour scale in percent, held inside it; ``None`` for what is not finite and negative, or NaN."""
+    """Place on the colour scale in percent, held inside it; ``None`` for NaN."""
     if math.isnan(value):
         return None
     share = (value - colours[0]) / (colours[1] - colours[0])
@@ -259,8 +265,8 @@ def _kind_rows(evaluation: Evaluation) -> list[tuple[str, str, KindResult]]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return _ABSENT if value is None else f"{value:.4g}"
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return _ABSENT if value is None else f"{100 * value:.1f} %"

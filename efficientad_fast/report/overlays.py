@@ -101,9 +101,9 @@ def colour_range(scores: NDArray[np.floating], threshold: float) -> tuple[float,
     """Range of values for :func:`overlay` that suits a set of images, so that all of them share one scale.
 
     The range begins at 0, which quantile normalisation gives to the 0.9 quantile of normal pixels, and ends at the
-    median score of the images above the threshold, held between 1.5 and 4 times the threshold: the threshold then
-    lies between a quarter and two thirds of the range, and neither a weak nor a strong defect is lost. Where the
-    threshold is not a positive number, the range is that of the scores, from 0 where they are all positive.
+    median score of the images above the threshold, held between 1.5 and 3 times the threshold: the threshold then
+    lies in the middle third of the range, and neither a weak nor a strong defect is lost. Where the threshold is not
+    a positive number, the range is that of the scores, from 0 where they are all positive.
 
     Args:
         scores: ``(N,)`` image scores; those that are not finite are ignored.
@@ -116,7 +116,7 @@ def colour_range(scores: NDArray[np.floating], threshold: float) -> tuple[float,
     if math.isfinite(threshold) and threshold > 0:
         above = finite[finite > threshold]
         middle = float(np.median(above)) if above.size else 0.0
-        return 0.0, min(max(middle, 1.5 * threshold), 4.0 * threshold)
+        return 0.0, min(max(middle, 1.5 * threshold), 3.0 * threshold)
     low = min(0.0, float(finite.min(initial=0.0)))
     high = float(finite.max(initial=low))
     return low, high if high > low else low + 1.0

@@ -10,12 +10,13 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientad_fast.evaluation import GOOD, Evaluation
+from efficientad_fast.data.folders import GOOD
+from efficientad_fast.evaluation import Evaluation
 from efficientad_fast.metrics import roc_curve
 
 if TYPE_CHECKING:
@@ -75,7 +76,12 @@ def score_histogram(evaluation: Evaluation) -> str:
         for axis, (name, colour, scores) in zip(axes, rows, strict=True):
             counts = np.histogram(np.clip(scores, low, high), edges)[0]
             axis.bar(
-                edges[:-1], counts / counts.max(), width=np.diff(edges), align="edge", color=_STAND_INS[colour], linewidth=0
+                edges[:-1],
+                counts / counts.max(),
+                width=np.diff(edges),
+                align="edge",
+                color=_STAND_INS[colour],
+                linewidth=0,
             )
             if np.isfinite(threshold):
                 axis.axvline(threshold, color=_STAND_INS["--ink"], linewidth=1.1, linestyle=(0, (3, 2)))
@@ -127,13 +133,22 @@ def roc_plot(evaluation: Evaluation) -> str:
             scores = _scores(evaluation, kind)
             everything.append(scores)
             if result.auroc is not None and len(evaluation.kinds) > 1:
-                _curve(axis, good, scores, _STAND_INS[kind_colour(index)], f"{_shortened(kind)}  {result.auroc:.3f}", 1.2)
+                _curve(
+                    axis, good, scores, _STAND_INS[kind_colour(index)], f"{_shortened(kind)}  {result.auroc:.3f}", 1.2
+                )
         label = f"all defects  {evaluation.auroc:.3f}"
         _curve(axis, good, np.concatenate(everything), _STAND_INS["--ink"], label, 2.2)
         false_alarms, recall = evaluation.confusion.false_positive_rate, evaluation.confusion.recall
         if false_alarms is not None and recall is not None:
             axis.plot(
-                [false_alarms], [recall], "o", color=_STAND_INS["--ink"], markersize=8, label="threshold", clip_on=False, zorder=4
+                [false_alarms],
+                [recall],
+                "o",
+                color=_STAND_INS["--ink"],
+                markersize=8,
+                label="threshold",
+                clip_on=False,
+                zorder=4,
             )
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1.005)
@@ -177,7 +192,7 @@ def _figure(name: str, height: float) -> Iterator[tuple[Figure, list[str]]]:
     from matplotlib.figure import Figure
 
     muted, line = _STAND_INS["--muted"], _STAND_INS["--line"]
-    settings = {
+    settings: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.size": 8.5,
         "text.color": muted,

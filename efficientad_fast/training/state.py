@@ -40,7 +40,7 @@ def fingerprint(paths: Sequence[Path]) -> str:
 def save_state(
     path: Path, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer, step: int, run: Mapping[str, Any]
 ) -> None:
-    """Write networks, optimiser and step number atomically. ``run`` is what a resumed run must share (settings, data)."""
+    """Write networks, optimiser and step number atomically. ``run``: what a resumed run must share (settings, data)."""
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         for key, value in module.state_dict().items():
@@ -72,16 +72,32 @@ def load_state(
                 f"{path} was made with {key} = {stored.get(key)!r}, but this run has {wanted.get(key)!r}. "
                 "Give the same settings and images to resume, or leave out --resume to start anew."
             )
-    for name, module in modules.items():
-        prefix = f"{name}."
-        module.load_state_dict({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimiser."):
-            _, index, field = key.split(".", 2)
-            entries.setdefault(int(index), {})[field] = value
-    optimiser.load_state_dict({"state": entries, "param_groups": optimiser.state_dict()["param_groups"]})
+    try:
+        for name, module in modules.items():
+            prefix = f"{name}."
+            module.load_state_dict(
+                {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+            )
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimiser."):
+                _, index, field = key.split(".", 2)
+                entries.setdefault(int(index), {})[field] = value
+        optimiser.load_state_dict({"state": entries, "param_groups": optimiser.state_dict()["param_groups"]})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DetectorFileError(
+            f"{path} does not hold the networks and the optimiser of this run ({error}). Remove it to start anew."
+        ) from error
+    _lay_out_like_parameters(optimiser)
     return step
+
+
+def _lay_out_like_parameters(optimiser: torch.optim.Optimizer) -> None:
+    """Give each moment the strides of its parameter, which the file does not keep: mixed ones halve the speed."""
+    for parameter, entries in optimiser.state.items():
+        for field, value in entries.items():
+            if value.shape == parameter.shape:
+                entries[field] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 class Interruption:

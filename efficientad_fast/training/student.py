@@ -416,7 +416,9 @@ def train(
 
     teacher = teacher.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std, features = _kept_statistics(teacher, paths, settings, target, work, run, observer)
-    student, autoencoder = new_networks(teacher.model_size, padding=settings.padding, seed=settings.seed)
+    student, autoencoder = new_networks(
+        teacher.model_size, padding=settings.padding, out_channels=teacher.out_channels, seed=settings.seed
+    )
     for network in (student, autoencoder):
         network.to(device=target, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimiser = torch.optim.Adam(

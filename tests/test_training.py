@@ -1,0 +1,305 @@
+"""Training, calibration and augmentation, on tiny data with a teacher of few channels."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.small_detector import CHANNELS, small_detector
+
+from efficientad_fast import Detector
+from efficientad_fast.data.folders import Dataset, open_dataset
+from efficientad_fast.errors import DatasetError, InputError
+from efficientad_fast.reference.losses import hard_feature_loss
+from efficientad_fast.reference.maps import resized_raw_map
+from efficientad_fast.reference.networks import PatchDescriptionNetwork, normalise_features
+from efficientad_fast.training import student
+from efficientad_fast.training.augment import adjust_brightness, adjust_contrast, adjust_saturation, augment
+from efficientad_fast.training.calibrate import calibrate_quantiles, threshold_from_scores
+from efficientad_fast.training.student import PenaltyImages, TrainSettings, quick_training, train
+
+SETTINGS = TrainSettings(
+    steps=4, batch_size=2, crop=40, learning_rate=1e-3, cache_teacher=True, validation_fraction=0.3, save_every=2
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("good")
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return open_dataset(folder)
+
+
+def _teacher(*, padding: bool = False) -> PatchDescriptionNetwork:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return PatchDescriptionNetwork("s", CHANNELS, padding=padding).eval().requires_grad_(False)
+
+
+def _train(dataset: Dataset, out: Path, settings: TrainSettings = SETTINGS, **options: object) -> Detector:
+    return train(dataset, out, settings, teacher=_teacher(), teacher_provenance={"made_by": "test"}, **options)  # type: ignore[arg-type]
+
+
+def _same_weights(first: Detector, second: Detector) -> bool:
+    pairs = ((first.student, second.student), (first.autoencoder, second.autoencoder))
+    return all(
+        torch.equal(value, b.state_dict()[key]) for a, b in pairs for key, value in a.state_dict().items()
+    )
+
+
+class _StopAfter:
+    """Sends the Ctrl-C signal to this process once a number of steps is done."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if stage == "steps" and done == self.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def losses(self, step: int, losses: Mapping[str, float]) -> None: ...
+
+
+def test_training_saves_a_detector_that_predicts(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    detector = _train(dataset, out)
+    loaded = Detector.load(out)
+    assert _same_weights(detector, loaded) and loaded.threshold == detector.threshold
+    assert loaded.provenance["penalty"] == "none" and loaded.provenance["steps"] == 4
+    assert loaded.provenance["training_images"] == 4 and loaded.provenance["validation_images"] == 2
+    predictions = loaded.predict(dataset.root)
+    assert isinstance(predictions, list) and all(np.isfinite(one.score) for one in predictions)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_every_step_changes_the_weights_and_the_loss_falls(dataset: Dataset, tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Losses:
+        def progress(self, stage: str, done: int, total: int) -> None: ...
+
+        def losses(self, step: int, losses: Mapping[str, float]) -> None:
+            seen.append(dict(losses))
+
+    settings = dataclasses.replace(SETTINGS, steps=12, learning_rate=3e-3)
+    observer = Losses()
+    original = student.time.monotonic
+    ticks = iter(range(0, 10_000))
+    try:
+        student.time.monotonic = lambda: float(next(ticks))  # type: ignore[assignment]
+        _train(dataset, tmp_path / "m.safetensors", settings, observer=observer)
+    finally:
+        student.time.monotonic = original
+    assert len(seen) == 12 and seen[0].keys() == {"hard", "ae", "stae"}
+    first, last = (statistics.fmean(sum(step.values()) for step in part) for part in (seen[:3], seen[-3:]))
+    assert last < first
+
+
+def test_the_same_seed_gives_the_same_detector_and_another_seed_another(dataset: Dataset, tmp_path: Path) -> None:
+    first = _train(dataset, tmp_path / "a.safetensors")
+    assert _same_weights(first, _train(dataset, tmp_path / "b.safetensors"))
+    assert not _same_weights(first, _train(dataset, tmp_path / "c.safetensors", dataclasses.replace(SETTINGS, seed=1)))
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_an_interrupted_training_resumes_to_the_same_result(dataset: Dataset, tmp_path: Path, stop: int) -> None:
+    penalty = PenaltyImages()
+    whole = _train(dataset, tmp_path / "whole.safetensors", penalty=penalty)
+    out = tmp_path / "broken.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        _train(dataset, out, penalty=penalty, observer=_StopAfter(stop))
+    assert not out.exists()
+    resumed = _train(dataset, out, penalty=penalty, resume=True)
+    assert _same_weights(whole, resumed)
+    assert (resumed.quantiles, resumed.threshold) == (whole.quantiles, whole.threshold)
+
+
+def test_resuming_with_other_settings_says_which(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        _train(dataset, out, observer=_StopAfter(1))
+    with pytest.raises(InputError, match="learning_rate"):
+        _train(dataset, out, dataclasses.replace(SETTINGS, learning_rate=2e-3), resume=True)
+
+
+def test_caching_the_teacher_changes_its_features_by_half_precision_only(dataset: Dataset, tmp_path: Path) -> None:
+    paths = dataset.train
+    plain = student._Batches(paths, dataclasses.replace(SETTINGS, cache_teacher=False), None, None)
+    teacher = _teacher()
+    mean, std, features = student.teacher_statistics(
+        teacher, paths, SETTINGS, torch.device("cpu"), tmp_path / "f.npy", student._Silent()
+    )
+    cached = student._Batches(paths, SETTINGS, None, features)
+    for step in range(3):
+        one, other = plain.load(step), cached.load(step)
+        assert torch.equal(one.image, other.image) and one.places == other.places
+        assert other.features is not None and one.features is None
+        torch.testing.assert_close(other.features.float(), teacher(one.image), rtol=2e-3, atol=2e-3)
+    assert mean.shape == std.shape == (CHANNELS,)
+
+
+def test_teacher_statistics_are_those_of_all_features(dataset: Dataset) -> None:
+    teacher = _teacher()
+    mean, std, _ = student.teacher_statistics(
+        teacher, dataset.train, SETTINGS, torch.device("cpu"), None, student._Silent()
+    )
+    detector = small_detector()
+    images = [np.array(Image.open(path).convert("RGB")) for path in dataset.train]
+    batch = torch.stack([detector.preprocessing(torch.from_numpy(image).permute(2, 0, 1)) for image in images])
+    with torch.inference_mode():
+        values = teacher.double()(batch.double()).movedim(1, 0).flatten(1).numpy()
+    np.testing.assert_allclose(mean.numpy(), values.mean(1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(std.numpy(), values.std(1), rtol=1e-4)
+
+
+def test_a_step_of_crops_computes_the_losses_of_the_whole_image_there(dataset: Dataset) -> None:
+    """With the crop as large as the image, the crop path must give what plain code on whole images gives."""
+    settings = dataclasses.replace(SETTINGS, crop=256, cache_teacher=False)
+    batches = student._Batches(dataset.train, settings, None, None)
+    data = batches.load(0)
+    detector = small_detector()
+    mean, std = torch.zeros(1, CHANNELS, 1, 1), torch.ones(1, CHANNELS, 1, 1)
+    losses = student.step_losses(
+        detector.teacher, detector.student, detector.autoencoder, data, batches, mean, std, 0.9
+    )
+    place = data.places[0]
+    assert place == (slice(0, 56), slice(0, 56))
+    teacher = normalise_features(detector.teacher(data.image), mean, std)
+    expected = hard_feature_loss(teacher, detector.student(data.image)[:, :CHANNELS], 0.9)
+    torch.testing.assert_close(losses["hard"], expected)
+    decoded = detector.autoencoder(data.augmented)
+    torch.testing.assert_close(losses["ae"], ((detector.teacher(data.augmented) - decoded) ** 2).mean())
+    stae = ((decoded - detector.student(data.augmented)[:, CHANNELS:]) ** 2).mean()
+    torch.testing.assert_close(losses["stae"], stae)
+
+
+def test_every_image_is_seen_once_an_epoch(dataset: Dataset) -> None:
+    batches = student._Batches(dataset.train, dataclasses.replace(SETTINGS, batch_size=4), None, None)
+    drawn = [index for step in range(6) for index in batches._indices(step)]
+    assert [sorted(drawn[start : start + 6]) for start in (0, 6, 12, 18)] == [list(range(6))] * 4
+    assert drawn[:6] != drawn[6:12]
+
+
+def test_the_paper_settings_lower_the_rate_after_95_percent() -> None:
+    settings = TrainSettings()
+    rates = [student._learning_rate(settings, step) for step in (0, 66_499, 66_500, 69_999)]
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
+
+
+@pytest.mark.parametrize(
+    "change", [{"crop": 34}, {"crop": 32}, {"crop": 260}, {"crop": 64, "padding": True}, {"steps": 0}]
+)
+def test_settings_that_cannot_work_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        dataclasses.replace(SETTINGS, **change)  # type: ignore[arg-type]
+
+
+def test_whole_images_with_padding_train(dataset: Dataset, tmp_path: Path) -> None:
+    settings = TrainSettings(steps=1, padding=True, validation_fraction=0.3)
+    teacher = _teacher(padding=True)
+    out = tmp_path / "m.safetensors"
+    detector = train(dataset, out, settings, teacher=teacher, teacher_provenance={}, penalty=PenaltyImages())
+    assert detector.student.padding and detector.provenance["penalty"] == "generated images"
+
+
+def test_one_image_is_not_enough(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "only.png")
+    with pytest.raises(DatasetError, match="at least 2"):
+        _train(open_dataset(tmp_path), tmp_path / "m.safetensors")
+
+
+def test_blank_images_are_refused_with_a_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "blank"
+    folder.mkdir()
+    for index in range(4):
+        Image.new("RGB", (8, 8)).save(folder / f"{index}.png")
+    with pytest.raises(InputError, match="blank"):
+        _train(open_dataset(folder), tmp_path / "m.safetensors")
+
+
+# Calibration
+
+
+def test_quantiles_are_those_of_all_pixels_of_all_maps(dataset: Dataset) -> None:
+    for convention in ("resized", "native"):
+        detector = small_detector(map_convention=convention)
+        found = calibrate_quantiles(detector, dataset.train)
+        pixels: list[list[np.ndarray]] = [[], []]
+        for path in dataset.train:
+            image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+            for which, raw in enumerate(detector.plan().raw_maps(detector.preprocessing(image)[None])):
+                sized = resized_raw_map(raw, (256, 256), pad_maps=True) if convention == "resized" else raw
+                pixels[which].append(sized.numpy().ravel())
+        expected = [
+            float(np.quantile(np.concatenate(values).astype(np.float64), fraction))
+            for values in pixels
+            for fraction in (0.9, 0.995)
+        ]
+        assert dataclasses.astuple(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_quantiles_of_identical_blank_maps_are_refused() -> None:
+    detector = small_detector()
+    for network in (detector.teacher, detector.student, detector.autoencoder):
+        for parameter in network.parameters():
+            parameter.zero_()
+    image = np.zeros((8, 8, 3), np.uint8)
+    detector = detector.replaced(teacher_mean=torch.zeros(CHANNELS))
+    with pytest.raises(InputError, match="differ"):
+        calibrate_quantiles(detector, [image])  # type: ignore[list-item]
+
+
+def test_the_threshold_rule() -> None:
+    assert threshold_from_scores([1.0]) == 1.0
+    assert threshold_from_scores([0.0, 2.0]) == pytest.approx(1 + 3 * 2**0.5)
+    scores = [0.0] * 99 + [10.0]
+    assert threshold_from_scores(scores) == 10.0
+    for bad in ([], [float("nan")], [float("inf"), 1.0]):
+        with pytest.raises(InputError):
+            threshold_from_scores(bad)
+
+
+# Augmentation
+
+
+def test_adjustments_against_hand_computed_values() -> None:
+    image = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1)
+    luma = 0.299 * 0.2 + 0.587 * 0.4 + 0.114 * 0.6
+    assert adjust_brightness(image, 1.2).flatten().tolist() == pytest.approx([0.24, 0.48, 0.72])
+    expected = [1.2 * value - 0.2 * luma for value in (0.2, 0.4, 0.6)]
+    assert adjust_contrast(image, 1.2).flatten().tolist() == pytest.approx(expected)
+    assert adjust_saturation(image, 1.2).flatten().tolist() == pytest.approx(expected)
+    two = torch.stack([image, image + 0.2], dim=-1)[:, :, 0]
+    mean = luma + 0.1
+    assert adjust_contrast(two, 0.8)[0, 0].tolist() == pytest.approx([0.8 * 0.2 + 0.2 * mean, 0.8 * 0.4 + 0.2 * mean])
+
+
+def test_augmenting_uses_all_three_adjustments_within_their_range() -> None:
+    image = torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1).repeat(1, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    results = [augment(image, generator)[:, 0, 0] for _ in range(100)]
+    brightened = [one for one in results if float(one[2] / one[0]) == pytest.approx(3.0, rel=1e-4)]
+    assert 10 < len(brightened) < 60
+    assert all(0.16 - 1e-6 <= float(one[0]) <= 0.24 + 1e-6 for one in brightened)
+    assert all(float(one.min()) >= 0 and float(one.max()) <= 1 for one in results)
+
+
+def test_penalty_images_are_drawn_from_the_seed(dataset: Dataset) -> None:
+    for source in (PenaltyImages(), PenaltyImages(dataset.train, "files")):
+        first, again, other = (source.draw(torch.Generator().manual_seed(seed)) for seed in (0, 0, 5))
+        assert first.shape == (3, 256, 256)
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_quick_preset_is_valid() -> None:
+    assert quick_training().crop is not None and quick_training(steps=7).steps == 7
