@@ -17,13 +17,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from efficientad_fast.errors import EfficientADError, InputError
 
 if TYPE_CHECKING:
+    from efficientad_fast.detector import Prediction
     from efficientad_fast.evaluation import Evaluation
+    from efficientad_fast.reference.networks import PatchDescriptionNetwork
+    from efficientad_fast.training.student import PenaltyImages
 
 app = typer.Typer(
     help="Visual anomaly detection with EfficientAD: train on good images, predict, evaluate.",
@@ -171,7 +182,7 @@ def train(
         console.print(f"saved {escape(str(out))}, threshold {detector.threshold:.4f}", soft_wrap=True)
 
 
-def _teacher(choice: str, padding: bool) -> tuple[Any, dict[str, Any]]:
+def _teacher(choice: str, padding: bool) -> tuple[PatchDescriptionNetwork, dict[str, Any]]:
     from efficientad_fast.weights import load_teacher, random_teacher
 
     if choice == "random":
@@ -185,7 +196,7 @@ def _teacher_line(provenance: Mapping[str, Any]) -> str:
     return describe_teacher(provenance)
 
 
-def _penalty_images(choice: str) -> Any:
+def _penalty_images(choice: str) -> PenaltyImages | None:
     from efficientad_fast.data.folders import list_images
     from efficientad_fast.training.student import PenaltyImages
 
@@ -213,7 +224,7 @@ def predict(
     reported on standard error and the exit code is 1; the others are predicted.
     """
     from efficientad_fast.data.folders import list_images
-    from efficientad_fast.detector import DecodeOptions, Detector, Prediction
+    from efficientad_fast.detector import DecodeOptions, Detector
     from efficientad_fast.files import atomic_path
 
     with _told_plainly():
@@ -251,12 +262,21 @@ def predict(
             raise typer.Exit(1)
 
 
-def _write_overlay(prediction: Any, threshold: float, out: Path, index: int) -> None:
-    from efficientad_fast.data.decode import decode_image
-    from efficientad_fast.report.overlays import save_overlay
+def _write_overlay(prediction: Prediction, threshold: float, out: Path, index: int) -> None:
+    import numpy as np
 
+    from efficientad_fast.data.decode import decode_image
+    from efficientad_fast.report.overlays import colour_range, save_overlay
+
+    if prediction.anomaly_map is None:
+        return
+    # Decoded a second time: keeping every original in the stream would cost more memory than this costs time.
+    image = decode_image(prediction.source)
+    if image.is_floating_point():
+        image = (image * 255).round().byte()
     name = f"{index:05d}_{Path(prediction.source).stem}.png"
-    save_overlay(decode_image(prediction.source), prediction.anomaly_map, out / name, threshold=threshold)
+    low, high = colour_range(np.array([]), threshold)
+    save_overlay(out / name, image.permute(1, 2, 0).numpy(), prediction.anomaly_map, low, high)
 
 
 @app.command()
@@ -321,7 +341,9 @@ def distill(
     backbone: Annotated[
         str, typer.Option(help="'wide_resnet101_2' (extra 'timm') or 'efficientnet-lite0|1|2' (extra 'distill').")
     ] = "efficientnet-lite0",
-    preset: Annotated[str, typer.Option(help="'paper' (60,000 steps) or 'quick' (about an hour on two cores).")] = "paper",
+    preset: Annotated[
+        str, typer.Option(help="'paper' (60,000 steps) or 'quick' (about an hour on two cores).")
+    ] = "paper",
     steps: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
     model_size: Annotated[str, typer.Option(help="'s' or 'm'.")] = "s",
     holdout: Annotated[

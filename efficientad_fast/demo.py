@@ -45,9 +45,7 @@ def run_demo(folder: Path, *, seed: int = 0, observer: Observer) -> DemoResult:
         teacher_provenance=provenance,
         observer=observer,
     )
-    evaluation = evaluate(
-        detector, dataset, progress=lambda done, total: observer.progress("evaluating", done, total)
-    )
+    evaluation = evaluate(detector, dataset, progress=lambda done, total: observer.progress("evaluating", done, total))
     evaluation.write_json(folder / "evaluation.json")
     labels = [image.defect != "good" for image in dataset.test]
     scores = mean_image_baseline(dataset.train, [image.path for image in dataset.test])

@@ -32,6 +32,7 @@ from efficientad_fast.reference.preprocess import (
     check_network_size,
     preprocess,
 )
+from efficientad_fast.weights import describe_teacher
 
 FILE_FORMAT = "efficientad_fast detector 1"
 
@@ -125,9 +126,7 @@ class Detector:
     map_convention: MapConvention = "resized"
     pad_maps: bool = True
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    _plans: dict[tuple[torch.device, torch.dtype, Backend], Plan] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _plans: dict[tuple[torch.device, torch.dtype, Backend], Plan] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,7 +163,12 @@ class Detector:
             "threshold": round(self.threshold, 6),
             "map convention": self.map_convention,
         }
-        facts.update({key.replace("_", " "): value for key, value in self.provenance.items()})
+        for key, value in self.provenance.items():
+            if key == "teacher":
+                value = describe_teacher(value)
+            elif isinstance(value, Mapping):
+                value = ", ".join(f"{name} {entry}" for name, entry in value.items())
+            facts[key.replace("_", " ")] = value
         return facts
 
     # Files
@@ -173,9 +177,7 @@ class Detector:
         """Write the detector to one safetensors file, atomically; :meth:`load` gives back the same bits."""
         networks = {"teacher": self.teacher, "student": self.student, "autoencoder": self.autoencoder}
         tensors = {
-            f"{name}.{key}": value
-            for name, network in networks.items()
-            for key, value in network.state_dict().items()
+            f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()
         }
         tensors["teacher_mean"] = self.teacher_mean
         tensors["teacher_std"] = self.teacher_std
@@ -202,7 +204,9 @@ class Detector:
         """
         path = Path(path)
         if not path.is_file():
-            raise DetectorFileError(f"No detector file at {path}. Train one with `efficientad-fast train DATA --out {path}`.")
+            raise DetectorFileError(
+                f"No detector file at {path}. Train one with `efficientad-fast train DATA --out {path}`."
+            )
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FILE_FORMAT:
             raise DetectorFileError(
@@ -380,9 +384,7 @@ class Detector:
         results: Iterator[tuple[float, Tensor]] = iter(())
         if readable:
             batch = torch.stack([item.image for item in readable if item.image is not None])
-            scores, sized = plan.run(
-                batch, [item.original_size for item in readable], original_maps=original_maps
-            )
+            scores, sized = plan.run(batch, [item.original_size for item in readable], original_maps=original_maps)
             results = zip(scores.tolist(), sized, strict=True)
         predictions = []
         for item in items:
@@ -470,7 +472,7 @@ def _decoding_ahead(
                 except ImageError as error:
                     message = str(error) if name in str(error) else f"{name}: {error}"
                     put(_Decoded(name, None, (0, 0), message))
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+        except BaseException as error:
             end = error
         put(end)
 

@@ -64,9 +64,7 @@ class Plan(ABC):
         self.size = source.size
 
     @abstractmethod
-    def raw_maps(
-        self, batch: Tensor, *, statistics: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def raw_maps(self, batch: Tensor, *, statistics: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """``(map_st, map_ae)``, each ``(N, 1, h, w)`` at feature resolution, not normalised, without gradient.
 
         New tensors, which the caller may keep and change: float64 in a float64 plan, float32 in all others.
@@ -133,9 +131,7 @@ class ReferencePlan(Plan):
         self._statistics = self._placed((source.teacher_mean, source.teacher_std))
 
     @torch.no_grad()
-    def raw_maps(
-        self, batch: Tensor, *, statistics: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def raw_maps(self, batch: Tensor, *, statistics: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         placed = batch.to(device=self.device, dtype=self.dtype).contiguous(memory_format=torch.channels_last)
         # Differences and squares of half-precision features lose too much in half precision.
         teacher, student, autoencoder = (network(placed).to(self._map_dtype) for network in self._networks)
@@ -178,15 +174,11 @@ def parse_device(device: str | torch.device) -> torch.device:
         if parsed.index is None:
             parsed = torch.device("cuda", torch.cuda.current_device())
         elif parsed.index >= torch.cuda.device_count():
-            raise BackendError(
-                f"Device {device!r} was asked for, but there are {torch.cuda.device_count()} CUDA GPUs."
-            )
+            raise BackendError(f"Device {device!r} was asked for, but there are {torch.cuda.device_count()} CUDA GPUs.")
     return parsed
 
 
-def build_plan(
-    source: PlanInput, device: torch.device, dtype: torch.dtype, *, backend: Backend = "auto"
-) -> Plan:
+def build_plan(source: PlanInput, device: torch.device, dtype: torch.dtype, *, backend: Backend = "auto") -> Plan:
     """The plan for a device and dtype. ``backend`` forces one; ``auto`` takes the fastest that works there.
 
     Raises:

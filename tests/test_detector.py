@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.small_detector import small_detector
 
 from efficientad_fast import Detector, Prediction, Preprocessing
 from efficientad_fast.errors import BackendError, DatasetError, DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
 from efficientad_fast.reference.maps import image_score, resize_map
+from tests.small_detector import small_detector
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +251,7 @@ def test_the_label_says_whether_the_score_is_above_the_threshold(detector: Detec
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [("float64", 1e-4), ("bfloat16", 0.2)])
-def test_other_dtypes_give_about_the_same_score(
-    detector: Detector, folder: Path, dtype: str, relative: float
-) -> None:
+def test_other_dtypes_give_about_the_same_score(detector: Detector, folder: Path, dtype: str, relative: float) -> None:
     expected = _one(detector.predict(folder / "2.png")).score
     prediction = _one(detector.predict(folder / "2.png", dtype=dtype))
     assert prediction.score == pytest.approx(expected, rel=relative)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.small_detector import CHANNELS, small_detector
 
 from efficientad_fast import Detector
 from efficientad_fast.data.folders import Dataset, open_dataset
@@ -25,6 +24,7 @@ from efficientad_fast.training import student
 from efficientad_fast.training.augment import adjust_brightness, adjust_contrast, adjust_saturation, augment
 from efficientad_fast.training.calibrate import calibrate_quantiles, threshold_from_scores
 from efficientad_fast.training.student import PenaltyImages, TrainSettings, quick_training, train
+from tests.small_detector import CHANNELS, small_detector
 
 SETTINGS = TrainSettings(
     steps=4, batch_size=2, crop=40, learning_rate=1e-3, cache_teacher=True, validation_fraction=0.3, save_every=2
@@ -52,9 +52,7 @@ def _train(dataset: Dataset, out: Path, settings: TrainSettings = SETTINGS, **op
 
 def _same_weights(first: Detector, second: Detector) -> bool:
     pairs = ((first.student, second.student), (first.autoencoder, second.autoencoder))
-    return all(
-        torch.equal(value, b.state_dict()[key]) for a, b in pairs for key, value in a.state_dict().items()
-    )
+    return all(torch.equal(value, b.state_dict()[key]) for a, b in pairs for key, value in a.state_dict().items())
 
 
 class _StopAfter:
@@ -197,7 +195,8 @@ def test_the_paper_settings_lower_the_rate_after_95_percent() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"crop": 34}, {"crop": 32}, {"crop": 260}, {"crop": 64, "padding": True}, {"steps": 0}]
+    "change",
+    [{"autoencoder_images": 3}, {"crop": 34}, {"crop": 32}, {"crop": 260}, {"crop": 64, "padding": True}, {"steps": 0}],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(InputError):

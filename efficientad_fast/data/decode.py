@@ -18,8 +18,8 @@ from torch import Tensor
 
 from efficientad_fast.errors import ImageError, InputError
 
-FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of what is read. Its other readers stay shut: one of them starts an interpreter."""
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
+"""Pillow's names of what is read, the common ones first. Its other readers stay shut: one of them starts a program."""
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 
@@ -139,6 +139,8 @@ def _from_file(path: str | os.PathLike[str], max_value: int | None, apply_exif: 
         raise ImageError(f"{name}: is a pipe, socket or device; give the path of an image file")
     if status.st_size == 0:
         raise ImageError(f"{name}: the file is empty; copy or record it again")
+    # Without these, a missing one has Pillow load all of its forty readers.
+    Image.preinit()
     try:
         image = Image.open(name, formats=FORMATS)
     except UnidentifiedImageError as error:

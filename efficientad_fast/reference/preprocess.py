@@ -162,6 +162,14 @@ def resize_antialias(image: Tensor, size: tuple[int, int], dtype: torch.dtype = 
     return F.interpolate(unit, (height, width), mode="bilinear", antialias=True, align_corners=False).squeeze(0)
 
 
+def normalise(image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """``(x - mean) / std`` per channel: ``(..., 3, H, W)`` in [0, 1] to the same shape, dtype and device."""
+    shift, scale = (
+        torch.tensor(tuple(values), dtype=image.dtype, device=image.device).view(3, 1, 1) for values in (mean, std)
+    )
+    return (image - shift) / scale
+
+
 def preprocess(
     image: Tensor,
     size: tuple[int, int],
@@ -199,6 +207,4 @@ def preprocess(
         resized = _to_unit_range(resize_pillow(image, size), working)
     else:
         raise InputError(f"resize is {resize!r}; expected {' or '.join(map(repr, get_args(Resize)))}")
-    shift = torch.tensor(tuple(mean), dtype=working, device=image.device).view(3, 1, 1)
-    scale = torch.tensor(tuple(std), dtype=working, device=image.device).view(3, 1, 1)
-    return ((resized - shift) / scale).to(dtype).contiguous()
+    return normalise(resized, mean, std).to(dtype).contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from efficientad_fast.errors import BackendError, InputError
 from efficientad_fast.reference.networks import FEATURE_CHANNELS
-from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from efficientad_fast.reference.preprocess import normalise
 
 BACKBONE_SIDE = 512
 """The backbone sees the image at 512x512, so that its stride-8 layer has the PDN's 64x64 positions."""
@@ -83,11 +83,9 @@ def _wide_resnet(name: str) -> Backbone:
         name, pretrained=True, features_only=True, out_indices=(2, 3)
     )
     network = network.eval().requires_grad_(False)
-    mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
 
     def layers(image: Tensor) -> tuple[Tensor, Tensor]:
-        second, third = network((image - mean.to(image)) / std.to(image))
+        second, third = network(normalise(image))
         return second, third
 
     return layers
@@ -100,7 +98,9 @@ def _patch_vectors(features: Tensor) -> Tensor:
 
 def _pool_vectors(vectors: Tensor, length: int) -> Tensor:
     """Adaptive average pooling along the last dimension: ``(..., L)`` to ``(..., length)``."""
-    return F.adaptive_avg_pool1d(vectors.flatten(0, -2).unsqueeze(1), length).squeeze(1).unflatten(0, vectors.shape[:-1])
+    return (
+        F.adaptive_avg_pool1d(vectors.flatten(0, -2).unsqueeze(1), length).squeeze(1).unflatten(0, vectors.shape[:-1])
+    )
 
 
 def embed(shallow: Tensor, deep: Tensor, channels: int = FEATURE_CHANNELS) -> Tensor:
@@ -112,7 +112,5 @@ def embed(shallow: Tensor, deep: Tensor, channels: int = FEATURE_CHANNELS) -> Te
     """
     vectors = _patch_vectors(shallow)
     deep_vectors = F.interpolate(_patch_vectors(deep), vectors.shape[-2:], mode="bilinear", align_corners=False)
-    joined = torch.cat(
-        [_pool_vectors(layer.movedim(1, -1), LAYER_VECTOR) for layer in (vectors, deep_vectors)], dim=-1
-    )
+    joined = torch.cat([_pool_vectors(layer.movedim(1, -1), LAYER_VECTOR) for layer in (vectors, deep_vectors)], dim=-1)
     return _pool_vectors(joined, channels)

@@ -32,7 +32,7 @@ from efficientad_fast.reference.networks import (
     ModelSize,
     PatchDescriptionNetwork,
 )
-from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from efficientad_fast.reference.preprocess import normalise, resize_antialias
 from efficientad_fast.training.augment import to_grey
 from efficientad_fast.training.backbones import BACKBONE_SIDE, Backbone, embed, load_backbone
 from efficientad_fast.training.state import fingerprint, interruptible, load_state, save_state, step_seed
@@ -76,9 +76,7 @@ class DistillSettings:
 
 def quick_distillation(steps: int = 4000, backbone: str = "efficientnet-lite0") -> DistillSettings:
     """Crops of 96 pixels, batch 8, cosine from 1e-3: under an hour on two cores."""
-    return DistillSettings(
-        backbone=backbone, steps=steps, batch_size=8, learning_rate=1e-3, schedule="cosine", crop=96
-    )
+    return DistillSettings(backbone=backbone, steps=steps, batch_size=8, learning_rate=1e-3, schedule="cosine", crop=96)
 
 
 @dataclass(frozen=True)
@@ -104,14 +102,10 @@ class DistillImages:
         return {"files": fingerprint(self.files), "synthetic": self.synthetic, "image_seed": self.seed}
 
 
-def _unnormalised(image: Tensor, side: int) -> Tensor:
-    return preprocess(image, (side, side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-
-
 @torch.inference_mode()
 def image_and_target(image: Tensor, backbone: Backbone, *, grey: bool = False) -> tuple[Tensor, Tensor]:
     """The PDN's input before normalisation, ``(3, 256, 256)`` in [0, 1], and its raw target ``(64, 64, 384)``."""
-    large, small = _unnormalised(image, BACKBONE_SIDE), _unnormalised(image, SMALLEST_SIDE)
+    large, small = (resize_antialias(image, (side, side)) for side in (BACKBONE_SIDE, SMALLEST_SIDE))
     if grey:
         large, small = to_grey(large), to_grey(small)
     return small, embed(*backbone(large.unsqueeze(0)))[0]
@@ -186,10 +180,6 @@ def build_target_cache(
     return TargetCache(cached_images, cached_targets, mean.float(), std.float())
 
 
-_MEAN = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-_STD = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
-
-
 def _batch(cache: TargetCache, settings: DistillSettings, step: int) -> tuple[Tensor, Tensor]:
     """Network input and normalised target of one step: ``(N, 3, s, s)`` and ``(N, 384, f, f)``."""
     generator = torch.Generator().manual_seed(step_seed(settings.seed, step, "distill"))
@@ -208,7 +198,7 @@ def _batch(cache: TargetCache, settings: DistillSettings, step: int) -> tuple[Te
             target = cache.targets[index, row : row + features, column : column + features]
         inputs.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         targets.append(torch.from_numpy(np.array(target)).float())
-    batch = (torch.stack(inputs).float() / 255 - _MEAN) / _STD
+    batch = normalise(torch.stack(inputs).float() / 255)
     target = ((torch.stack(targets) - cache.mean) / cache.std).movedim(-1, 1)
     return batch.contiguous(memory_format=torch.channels_last), target
 
@@ -229,7 +219,7 @@ def explained_variance(
     for file in files:
         small, target = image_and_target(decode_image(file), backbone)
         wanted = ((target[inner, inner] - mean) / std).flatten(0, 1).double()
-        features = teacher((small.unsqueeze(0) - _MEAN) / _STD)[0]
+        features = teacher(normalise(small).unsqueeze(0))[0]
         if features.shape[-1] == TARGET_SIDE:
             features = features[:, inner, inner]
         predicted = features.flatten(1).T.double()
@@ -281,9 +271,7 @@ def distill(
         torch.manual_seed(settings.seed)
         teacher = PatchDescriptionNetwork(settings.model_size, padding=settings.crop is None)
     teacher = teacher.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.Adam(
-        teacher.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    optimiser = torch.optim.Adam(teacher.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     first = 0
     if resume and state_file.exists():
         first = load_state(state_file, {"teacher": teacher}, optimiser, run)

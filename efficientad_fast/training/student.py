@@ -35,13 +35,12 @@ from efficientad_fast.reference.maps import MapConvention
 from efficientad_fast.reference.networks import (
     FEATURE_BORDER,
     FEATURE_STRIDE,
-    Autoencoder,
     PatchDescriptionNetwork,
     feature_size,
     normalise_features,
     split_student,
 )
-from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from efficientad_fast.reference.preprocess import normalise, resize_antialias
 from efficientad_fast.training.augment import augment, to_grey
 from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate_quantiles, threshold_from_scores
 from efficientad_fast.training.state import fingerprint, interruptible, load_state, save_state, step_seed
@@ -58,6 +57,8 @@ class TrainSettings:
         crop: side in pixels of the square the student sees in a step, a multiple of 4; ``None`` for the whole
             image. The autoencoder always sees the whole image. Only without padding, where the PDN on a crop is the
             crop of the PDN.
+        autoencoder_images: how many of a step's images the autoencoder and the student's prediction of it learn
+            from; ``None`` for all.
         cache_teacher: compute the teacher's features of the training images once and keep them on disk as float16
             (2.4 MB an image at 256x256).
         decay_after: share of the steps after which the learning rate is a tenth.
@@ -79,6 +80,7 @@ class TrainSettings:
     pad_maps: bool = True
     map_convention: MapConvention = "resized"
     crop: int | None = None
+    autoencoder_images: int | None = None
     cache_teacher: bool = False
     validation_fraction: float = 0.1
     seed: int = 0
@@ -88,14 +90,16 @@ class TrainSettings:
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.autoencoder_images is not None and not 1 <= self.autoencoder_images <= self.batch_size:
+            raise InputError(
+                f"autoencoder_images must be from 1 to the batch size {self.batch_size}, got {self.autoencoder_images}."
+            )
         smallest = (2 * FEATURE_BORDER + 1) * FEATURE_STRIDE
         if self.crop is not None:
             if self.padding:
                 raise InputError("crop and padding exclude each other: a padded network on a crop is not its crop.")
             if not smallest <= self.crop <= min(self.size) or self.crop % FEATURE_STRIDE:
-                raise InputError(
-                    f"crop must be a multiple of 4 from {smallest} to {min(self.size)}, got {self.crop}."
-                )
+                raise InputError(f"crop must be a multiple of 4 from {smallest} to {min(self.size)}, got {self.crop}.")
 
 
 def quick_training(steps: int = 300, seed: int = 0) -> TrainSettings:
@@ -141,20 +145,11 @@ class PenaltyImages:
         else:
             seed = int(torch.randint(1 << 31, (), generator=generator))
             image = torch.from_numpy(synthetic_image(0, seed=seed, size=PENALTY_LOAD_SIDE)).permute(2, 0, 1)
-        image = _in_unit_range(image, (PENALTY_LOAD_SIDE, PENALTY_LOAD_SIDE))
+        image = resize_antialias(image, (PENALTY_LOAD_SIDE, PENALTY_LOAD_SIDE))
         if torch.rand((), generator=generator).item() < PENALTY_GREY:
             image = to_grey(image)
         start = (PENALTY_LOAD_SIDE - PENALTY_SIDE) // 2
-        return _normalised(image[:, start : start + PENALTY_SIDE, start : start + PENALTY_SIDE])
-
-
-def _in_unit_range(image: Tensor, size: tuple[int, int]) -> Tensor:
-    return preprocess(image, size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-
-
-def _normalised(image: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values, dtype=image.dtype).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (image - mean) / std
+        return normalise(image[:, start : start + PENALTY_SIDE, start : start + PENALTY_SIDE])
 
 
 @dataclass(frozen=True)
@@ -162,8 +157,9 @@ class _StepData:
     """Input of one step. Crops are of one place for an image and its augmented version."""
 
     image: Tensor  # (N, 3, c, c), cropped
-    augmented: Tensor  # (N, 3, H, W), whole
-    places: list[tuple[slice, slice]]  # of the crops, in features
+    augmented: Tensor  # (A, 3, H, W), whole, the first A images
+    augmented_crop: Tensor  # (A, 3, c, c), cropped
+    places: list[tuple[slice, slice]]  # of the N crops, in features
     features: Tensor | None  # (N, 384, f, f) float16 or float32, of the cropped image, where cached
     penalty: Tensor | None  # (N, 3, c, c)
 
@@ -203,7 +199,7 @@ class _Batches:
         starts = [int(torch.randint(side - features + 1, (), generator=generator)) for side in self._feature_size]
         return slice(starts[0], starts[0] + features), slice(starts[1], starts[1] + features)
 
-    def crop(self, image: Tensor, place: tuple[slice, slice]) -> Tensor:
+    def _crop(self, image: Tensor, place: tuple[slice, slice]) -> Tensor:
         """The pixels of ``(..., H, W)`` that the features at ``place`` see."""
         if self._settings.crop is None:
             return image
@@ -212,13 +208,15 @@ class _Batches:
 
     def load(self, step: int) -> _StepData:
         generator = torch.Generator().manual_seed(step_seed(self._settings.seed, step, "data"))
-        images, augmented, places, features, penalties = [], [], [], [], []
+        images, augmented, crops, places, features, penalties = [], [], [], [], [], []
         for index in self._indices(step):
-            image = _in_unit_range(decode_image(self._paths[index]), self._settings.size)
+            image = resize_antialias(decode_image(self._paths[index]), self._settings.size)
             place = self._place(generator)
             places.append(place)
-            images.append(self.crop(_normalised(image), place))
-            augmented.append(_normalised(augment(image, generator)))
+            images.append(self._crop(normalise(image), place))
+            if len(augmented) < (self._settings.autoencoder_images or self._settings.batch_size):
+                augmented.append(normalise(augment(image, generator)))
+                crops.append(self._crop(augmented[-1], place))
             if self._features is not None:
                 features.append(torch.from_numpy(np.array(self._features[index][place])).movedim(-1, 0))
             if self._penalty is not None:
@@ -229,6 +227,7 @@ class _Batches:
         return _StepData(
             torch.stack(images),
             torch.stack(augmented),
+            torch.stack(crops),
             places,
             torch.stack(features) if features else None,
             torch.stack(penalties) if penalties else None,
@@ -249,7 +248,6 @@ def step_losses(
     student: nn.Module,
     autoencoder: nn.Module,
     data: _StepData,
-    batches: _Batches,
     mean: Tensor,
     std: Tensor,
     hard_fraction: float,
@@ -261,13 +259,10 @@ def step_losses(
         return tensor.to(device).contiguous(memory_format=torch.channels_last)
 
     def at_places(features: Tensor) -> Tensor:
-        pairs = zip(features, data.places, strict=True)
+        pairs = zip(features, data.places[: len(features)], strict=True)
         return torch.stack([one[:, rows, columns] for one, (rows, columns) in pairs])
 
-    image, whole = place(data.image), place(data.augmented)
-    part = place(
-        torch.stack([batches.crop(one, spot) for one, spot in zip(data.augmented, data.places, strict=True)])
-    )
+    image, whole, part = place(data.image), place(data.augmented), place(data.augmented_crop)
     with torch.no_grad():
         if data.features is None:
             teacher_image = normalise_features(teacher(image), mean, std)
@@ -312,7 +307,7 @@ def teacher_statistics(
     features: np.ndarray | None = None
     total = squares = torch.zeros(())
     for index, path in enumerate(paths):
-        image = _normalised(_in_unit_range(decode_image(path), settings.size)).unsqueeze(0)
+        image = normalise(resize_antialias(decode_image(path), settings.size)).unsqueeze(0)
         with torch.inference_mode():
             output = teacher(image.to(device).contiguous(memory_format=torch.channels_last))[0]
         if cache is not None:
@@ -493,9 +488,7 @@ def _take_steps(
             torch.manual_seed(step_seed(settings.seed, step, "dropout"))
             for group in optimiser.param_groups:
                 group["lr"] = _learning_rate(settings, step)
-            losses = step_losses(
-                teacher, student, autoencoder, data, batches, mean, std, settings.hard_fraction
-            )
+            losses = step_losses(teacher, student, autoencoder, data, mean, std, settings.hard_fraction)
             optimiser.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             optimiser.step()

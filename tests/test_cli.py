@@ -1,0 +1,146 @@
+"""The command line: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from efficientad_fast import Detector, cli, weights
+from efficientad_fast.reference.networks import PatchDescriptionNetwork
+from tests.small_detector import CHANNELS, small_detector
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return small_detector().save(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_predict_prints_a_line_for_each_image(model: Path, images: Path) -> None:
+    result = _run("predict", model, images)
+    assert result.exit_code == 0
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    predictions = Detector.load(model).predict(images)
+    assert isinstance(predictions, list)
+    assert [line[2] for line in lines] == [str(images / f"{index}.png") for index in range(3)]
+    for line, prediction in zip(lines, predictions, strict=True):
+        assert float(line[0]) == pytest.approx(prediction.score, abs=1e-5)
+        assert line[1] == ("anomalous" if prediction.label else "good")
+
+
+def test_predict_reports_a_bad_file_and_predicts_the_others(model: Path, images: Path, tmp_path: Path) -> None:
+    (images / "1.png").write_bytes(b"not an image")
+    out = tmp_path / "out"
+    result = _run("predict", model, images, "--out", out)
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 2
+    assert "1.png" in result.stderr and "1 of 3" in result.stderr
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    assert rows[1]["score"] == ""
+    overlays = sorted(path.name for path in out.glob("*.png"))
+    assert overlays == ["00000_0.png", "00002_2.png"]
+    assert Image.open(out / overlays[0]).size == (40, 30)
+
+
+def test_predict_takes_16_bit_files(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(path)
+    bright, dark = (_run("predict", model, path, *options) for options in (["--max-value", 1023], []))
+    assert bright.exit_code == dark.exit_code == 0
+    assert bright.stdout.split("\t")[0] != dark.stdout.split("\t")[0]
+    assert _run("predict", model, path, "--max-value", 1023, "--out", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "absent.safetensors", "x.png"], "No detector file"),
+        (["train", "absent", "--out", "m.safetensors", "--teacher", "random"], "absent"),
+        (["train", ".", "--out", "m.pth"], ".safetensors"),
+        (["train", ".", "--out", "m.safetensors", "--preset", "slow"], "preset"),
+        (["train", ".", "--out", "m.safetensors", "--size", "big"], "size"),
+        (["train", ".", "--out", "m.safetensors", "--size", "128"], "256"),
+        (["distill", "--out", "t.safetensors"], "needs images"),
+        (["distill", "--out", "t.safetensors", "--backbone", "resnet", "--synthetic", "1"], "backbone"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+def test_an_empty_folder_is_told_in_a_sentence(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = _run("predict", model, tmp_path / "empty")
+    assert result.exit_code == 2 and "empty" in result.stderr
+
+
+def test_train_evaluate_and_report(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher_file = tmp_path / "teacher.safetensors"
+    weights.save_teacher(PatchDescriptionNetwork("s", CHANNELS), teacher_file, {"made_by": "test"})
+    data = tmp_path / "data"
+    for part in ("train/good", "test/good", "test/dent"):
+        (data / part).mkdir(parents=True)
+        for path in images.iterdir():
+            (data / part / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "trained.safetensors"
+    result = _run("train", data, "--out", out, "--preset", "quick", "--steps", 2, "--teacher", teacher_file)
+    assert result.exit_code == 0, result.output
+    assert "pretraining penalty: none" in result.stdout and "steps: 2 of 2" in result.stdout
+
+    report, figures = tmp_path / "report.html", tmp_path / "figures.json"
+    result = _run("evaluate", out, data, "--report", report, "--json", figures)
+    assert result.exit_code == 0, result.output
+    assert "dent" in result.stdout and report.read_text().startswith("<!doctype html>")
+    assert json.loads(figures.read_text())["image_auroc"] == 0.5
+
+    (data / "test/good/0.png").write_bytes(b"")
+    result = _run("evaluate", out, data)
+    assert result.exit_code == 1 and "0.png" in result.stderr
+
+
+def test_evaluating_a_flat_folder_says_what_is_needed(model: Path, images: Path) -> None:
+    result = _run("evaluate", model, images)
+    assert result.exit_code == 2 and "test images" in result.stderr.replace("\n", " ")
+
+
+def test_samples_refuse_a_folder_in_use(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    result = _run("samples", tmp_path)
+    assert result.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_info_reports_backends_and_the_teacher() -> None:
+    text = _run("info")
+    assert text.exit_code == 0
+    for word in ("torch", "reference", "cpu", "cuda", "triton", "PDN-S"):
+        assert word in text.stdout
+    facts = json.loads(_run("info", "--json").stdout)
+    assert facts
