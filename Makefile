@@ -24,7 +24,8 @@ EFFICIENTAD_FAST_CUDA_ARCHS ?=
 export EFFICIENTAD_FAST_BUILD EFFICIENTAD_FAST_CUDA_ARCHS
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Compiling every module of PyTorch ahead takes longer than compiling those that are used when they are.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 # An environment is finished when these exist; each is written last.
 TOOLS := $(VENV)/.tools
 PACKAGE := $(VENV)/.package
@@ -60,7 +61,7 @@ clean:
 $(TOOLS):
 	@echo "== environment $(VENV) with $(TORCH)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet '$(TORCH)' ninja pybind11 'setuptools>=77'
+	$(INSTALL) '$(TORCH)' ninja pybind11 'setuptools>=77'
 	@touch $@
 
 # Rewritten only when a setting changed, so that another kind of build replaces the one that is there.
@@ -72,7 +73,7 @@ $(SETTINGS): $(TOOLS) FORCE
 $(PACKAGE) $(TESTS): $(SETTINGS) $(BUILD_INPUTS)
 	@echo "== efficientad_fast$(EXTRAS), EFFICIENTAD_FAST_BUILD=$(EFFICIENTAD_FAST_BUILD)"
 	@rm -f $(PACKAGE) $(TESTS)
-	$(PIP) install --quiet --no-build-isolation -e '.$(EXTRAS)'
+	$(INSTALL) --no-build-isolation -e '.$(EXTRAS)'
 	@touch $(PACKAGE) $@
 
 $(TESTS): EXTRAS := [test]

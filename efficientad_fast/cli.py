@@ -266,17 +266,15 @@ def _write_overlay(prediction: Prediction, threshold: float, out: Path, index: i
     import numpy as np
 
     from efficientad_fast.data.decode import decode_image
-    from efficientad_fast.report.overlays import colour_range, save_overlay
+    from efficientad_fast.report.overlays import colour_range, displayable, save_overlay
 
     if prediction.anomaly_map is None:
         return
     # Decoded a second time: keeping every original in the stream would cost more memory than this costs time.
-    image = decode_image(prediction.source)
-    if image.is_floating_point():
-        image = (image * 255).round().byte()
+    image = displayable(decode_image(prediction.source).numpy())
     name = f"{index:05d}_{Path(prediction.source).stem}.png"
     low, high = colour_range(np.array([]), threshold)
-    save_overlay(out / name, image.permute(1, 2, 0).numpy(), prediction.anomaly_map, low, high)
+    save_overlay(out / name, image, prediction.anomaly_map, low, high)
 
 
 @app.command()

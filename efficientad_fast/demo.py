@@ -10,14 +10,15 @@ from efficientad_fast.data.samples import generate_sample_set, mean_image_baseli
 from efficientad_fast.detector import Detector
 from efficientad_fast.evaluation import Evaluation, evaluate
 from efficientad_fast.metrics import image_auroc
-from efficientad_fast.report import write_report
+from efficientad_fast.report import save_overview, write_report
 from efficientad_fast.training.student import Observer, quick_training, train
 from efficientad_fast.weights import load_teacher
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo leaves: ``samples/``, ``detector.safetensors``, ``evaluation.json`` and ``report.html``."""
+    """What a demo leaves: ``samples/``, ``detector.safetensors``, ``evaluation.json``,
+    ``overview.png`` and ``report.html``."""
 
     detector: Detector
     evaluation: Evaluation
@@ -50,4 +51,5 @@ def run_demo(folder: Path, *, seed: int = 0, observer: Observer) -> DemoResult:
     labels = [image.defect != "good" for image in dataset.test]
     scores = mean_image_baseline(dataset.train, [image.path for image in dataset.test])
     report = write_report(evaluation, folder / "report.html", detector_summary=detector.summary())
+    save_overview(evaluation, folder / "overview.png")
     return DemoResult(detector, evaluation, image_auroc(scores, labels), report)

@@ -32,7 +32,6 @@ from efficientad_fast.reference.preprocess import (
     check_network_size,
     preprocess,
 )
-from efficientad_fast.weights import describe_teacher
 
 FILE_FORMAT = "efficientad_fast detector 1"
 
@@ -163,12 +162,7 @@ class Detector:
             "threshold": round(self.threshold, 6),
             "map convention": self.map_convention,
         }
-        for key, value in self.provenance.items():
-            if key == "teacher":
-                value = describe_teacher(value)
-            elif isinstance(value, Mapping):
-                value = ", ".join(f"{name} {entry}" for name, entry in value.items())
-            facts[key.replace("_", " ")] = value
+        facts.update({key.replace("_", " "): value for key, value in self.provenance.items()})
         return facts
 
     # Files

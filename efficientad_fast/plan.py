@@ -80,10 +80,9 @@ class Plan(ABC):
 
         ``resized``: final, ``(N, 1, *size)``. ``native``: at feature resolution, padded where ``pad_maps``.
         """
-        map_st, map_ae = self.raw_maps(batch)
-        if self.map_convention == "resized":
-            return maps.combine_resized(map_st, map_ae, self.quantiles, self.size, pad_maps=self.pad_maps)
-        return maps.combine_native(map_st, map_ae, self.quantiles, pad_maps=self.pad_maps)
+        return maps.combined_map(
+            *self.raw_maps(batch), self.quantiles, self.size, convention=self.map_convention, pad_maps=self.pad_maps
+        )
 
     @torch.inference_mode()
     def run(

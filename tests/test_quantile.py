@@ -49,6 +49,12 @@ def test_float64_quantiles_are_numpys(values: np.ndarray, fractions: list[float]
     assert_close(result, by_numpy(values, fractions), EXACT)
 
 
+def test_float64_quantiles_of_a_thousand_values_are_numpys_to_the_last_bit() -> None:
+    values = np.random.default_rng(0).normal(size=1000)
+    fractions = list(np.linspace(0, 1, 501))
+    assert_close(quantile(torch.from_numpy(values), fractions), by_numpy(values, fractions), EXACT)
+
+
 @settings(deadline=None)
 @given(hnp.arrays(np.float32, st.integers(1, 60), elements=SINGLES), st.lists(FRACTIONS, min_size=1, max_size=4))
 def test_float32_quantiles_are_numpys_in_float64_rounded_once(values: np.ndarray, fractions: list[float]) -> None:

@@ -22,7 +22,7 @@ from efficientad_fast.reference.maps import resized_raw_map
 from efficientad_fast.reference.networks import PatchDescriptionNetwork, normalise_features
 from efficientad_fast.training import student
 from efficientad_fast.training.augment import adjust_brightness, adjust_contrast, adjust_saturation, augment
-from efficientad_fast.training.calibrate import calibrate_quantiles, threshold_from_scores
+from efficientad_fast.training.calibrate import calibrate, threshold_from_scores
 from efficientad_fast.training.student import PenaltyImages, TrainSettings, quick_training, train
 from tests.small_detector import CHANNELS, small_detector
 
@@ -167,9 +167,7 @@ def test_a_step_of_crops_computes_the_losses_of_the_whole_image_there(dataset: D
     data = batches.load(0)
     detector = small_detector()
     mean, std = torch.zeros(1, CHANNELS, 1, 1), torch.ones(1, CHANNELS, 1, 1)
-    losses = student.step_losses(
-        detector.teacher, detector.student, detector.autoencoder, data, batches, mean, std, 0.9
-    )
+    losses = student.step_losses(detector.teacher, detector.student, detector.autoencoder, data, mean, std, 0.9)
     place = data.places[0]
     assert place == (slice(0, 56), slice(0, 56))
     teacher = normalise_features(detector.teacher(data.image), mean, std)
@@ -232,7 +230,10 @@ def test_blank_images_are_refused_with_a_reason(tmp_path: Path) -> None:
 def test_quantiles_are_those_of_all_pixels_of_all_maps(dataset: Dataset) -> None:
     for convention in ("resized", "native"):
         detector = small_detector(map_convention=convention)
-        found = calibrate_quantiles(detector, dataset.train)
+        found, scores = calibrate(detector, dataset.train)
+        predictions = detector.replaced(quantiles=found).predict(dataset.train)
+        assert isinstance(predictions, list)
+        assert scores == pytest.approx([one.score for one in predictions], rel=1e-5)
         pixels: list[list[np.ndarray]] = [[], []]
         for path in dataset.train:
             image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
@@ -255,7 +256,7 @@ def test_quantiles_of_identical_blank_maps_are_refused() -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     detector = detector.replaced(teacher_mean=torch.zeros(CHANNELS))
     with pytest.raises(InputError, match="differ"):
-        calibrate_quantiles(detector, [image])  # type: ignore[list-item]
+        calibrate(detector, [image])  # type: ignore[list-item]
 
 
 def test_the_threshold_rule() -> None:

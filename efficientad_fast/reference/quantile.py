@@ -66,8 +66,7 @@ _BUCKETS = 1 << 16
 
 def _sortable(values: Tensor) -> Tensor:
     """Float32 to int64 in [0, 2^32) with the same order: flip all bits of negatives, the sign bit of others."""
-    # Adding +0 turns -0 into it: the two are equal and must share a key.
-    bits = (values.contiguous() + 0.0).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = values.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     return torch.where(bits >= 1 << 31, 0xFFFFFFFF - bits, bits + (1 << 31))
 
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from efficientad_fast.data.decode import decode_image
@@ -22,7 +20,7 @@ from efficientad_fast.data.folders import GOOD, load_mask
 from efficientad_fast.errors import ImageError, InputError
 from efficientad_fast.evaluation import Evaluation, ImageResult, KindResult
 from efficientad_fast.files import atomic_path
-from efficientad_fast.report.overlays import colour_range, overlay
+from efficientad_fast.report.overlays import colour_range, displayable, overlay
 from efficientad_fast.report.plots import kind_colour, roc_plot, score_histogram
 
 MAX_MISTAKES = 1000
@@ -169,7 +167,7 @@ def _evenly(images: Sequence[ImageResult], count: int) -> list[ImageResult]:
 def _card(evaluation: Evaluation, image: ImageResult, colours: tuple[float, float], side: int) -> _Card:
     picture = heat = mask = extent = note = ""
     try:
-        pixels = _to_uint8(decode_image(image.path).numpy())
+        pixels = displayable(decode_image(image.path).numpy())
     except ImageError as error:
         note = f"The image can no longer be read: {error}"
     else:
@@ -202,14 +200,6 @@ def _card(evaluation: Evaluation, image: ImageResult, colours: tuple[float, floa
         extent=extent,
         note=note,
     )
-
-
-def _to_uint8(image: NDArray[Any]) -> NDArray[np.uint8]:
-    """``(3, H, W)`` uint8, or float in [0, 1], to ``(H, W, 3)`` uint8."""
-    pixels = image.transpose(1, 2, 0)
-    if pixels.dtype != np.uint8:
-        pixels = np.rint(pixels.clip(0.0, 1.0) * 255.0).astype(np.uint8)
-    return np.ascontiguousarray(pixels)
 
 
 def _thumbnail(picture: Image.Image, side: int) -> Image.Image:

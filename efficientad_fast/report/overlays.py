@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +96,14 @@ def save_overlay(
     with atomic_path(target) as temporary:
         picture.save(temporary)
     return target
+
+
+def displayable(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """``(3, H, W)`` uint8, or float in [0, 1], to ``(H, W, 3)`` uint8."""
+    pixels = image.transpose(1, 2, 0)
+    if pixels.dtype != np.uint8:
+        pixels = np.rint(pixels.clip(0.0, 1.0) * 255.0).astype(np.uint8)
+    return np.ascontiguousarray(pixels)
 
 
 def colour_range(scores: NDArray[np.floating], threshold: float) -> tuple[float, float]:

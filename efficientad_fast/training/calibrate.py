@@ -31,17 +31,18 @@ def _checked(start: float, end: float, name: str) -> tuple[float, float]:
     return start, end
 
 
-def calibrate_quantiles(
+def calibrate(
     detector: Detector,
     validation: Sequence[Path],
     *,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> Quantiles:
-    """Exact quantiles of both maps over all pixels of ``validation``, as the detector's map convention takes them.
+) -> tuple[Quantiles, list[float]]:
+    """Exact quantiles of both maps over all pixels of ``validation``, and the images' scores with those quantiles.
 
-    Raw maps at feature resolution (25 kB an image) are kept in a temporary file and resized again for each of the
-    two passes that exact quantiles take, so memory does not grow with the number of images.
+    Each image goes through the networks once. Its raw maps at feature resolution (25 kB) are kept in a temporary file
+    and resized again for each of the passes that exact quantiles and scores take, so memory does not grow with the
+    number of images.
 
     Raises:
         InputError: no images, or a map whose quantiles are equal.
@@ -50,28 +51,41 @@ def calibrate_quantiles(
     if not validation:
         raise InputError("Calibration needs at least one validation image, got none.")
     plan = detector.plan(device)
+    convention, size, pad_maps = detector.map_convention, detector.size, detector.pad_maps
+    original_sizes = []
     with tempfile.TemporaryDirectory(prefix="efficientad_fast-") as folder:
         spool: np.memmap | None = None
         for index, path in enumerate(validation):
-            batch = detector.preprocessing(decode_image(path)).unsqueeze(0)
-            pair = torch.cat(plan.raw_maps(batch)).squeeze(1).float().cpu().numpy()
+            image = decode_image(path)
+            original_sizes.append((image.shape[-2], image.shape[-1]))
+            raw = plan.raw_maps(detector.preprocessing(image).unsqueeze(0))
+            pair = torch.cat(raw).squeeze(1).float().cpu().numpy()
             if spool is None:
                 spool = np.memmap(Path(folder) / "maps.f32", np.float32, "w+", shape=(len(validation), *pair.shape))
             spool[index] = pair
             if progress:
                 progress(index + 1, len(validation))
         assert spool is not None
+        stored = spool
 
-        def one_map(which: int, stored: np.memmap = spool) -> Iterator[Tensor]:
-            for pair in stored:
-                raw = torch.from_numpy(np.array(pair[which]))[None, None]
-                if detector.map_convention == "resized":
-                    raw = maps.resized_raw_map(raw, detector.size, pad_maps=detector.pad_maps)
-                yield raw
+        def raw_maps(index: int) -> tuple[Tensor, Tensor]:
+            map_st, map_ae = torch.from_numpy(np.array(stored[index]))[:, None, None]
+            return map_st, map_ae
+
+        def one_map(which: int) -> Iterator[Tensor]:
+            for index in range(len(stored)):
+                raw = raw_maps(index)[which]
+                yield maps.resized_raw_map(raw, size, pad_maps=pad_maps) if convention == "resized" else raw
 
         st = _checked(*streamed_quantiles(lambda: one_map(0), (START, END)), "map_st")
         ae = _checked(*streamed_quantiles(lambda: one_map(1), (START, END)), "map_ae")
-    return Quantiles(st[0], st[1], ae[0], ae[1])
+        quantiles = Quantiles(st[0], st[1], ae[0], ae[1])
+        scores = []
+        for index, original_size in enumerate(original_sizes):
+            combined = maps.combined_map(*raw_maps(index), quantiles, size, convention=convention, pad_maps=pad_maps)
+            scored = maps.resize_map(combined, original_size) if convention == "native" else combined
+            scores.append(maps.image_score(scored).item())
+    return quantiles, scores
 
 
 THRESHOLD_RULE = "the larger of the highest validation score and their mean plus 3 standard deviations"

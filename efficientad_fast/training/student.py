@@ -42,7 +42,7 @@ from efficientad_fast.reference.networks import (
 )
 from efficientad_fast.reference.preprocess import normalise, resize_antialias
 from efficientad_fast.training.augment import augment, to_grey
-from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate_quantiles, threshold_from_scores
+from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate, threshold_from_scores
 from efficientad_fast.training.state import fingerprint, interruptible, load_state, save_state, step_seed
 from efficientad_fast.version import __version__
 
@@ -438,17 +438,12 @@ def train(
         map_convention=settings.map_convention,
         pad_maps=settings.pad_maps,
     )
-    quantiles = calibrate_quantiles(
+    quantiles, scores = calibrate(
         detector,
         validation,
         device=target,
-        progress=lambda done, total: observer.progress("quantiles", done, total),
+        progress=lambda done, total: observer.progress("calibration", done, total),
     )
-    detector = detector.replaced(quantiles=quantiles)
-    scores = []
-    for prediction in detector.stream(validation, device=target):
-        scores.append(prediction.score)
-        observer.progress("threshold", len(scores), len(validation))
     provenance = {
         "data": dataset.name,
         "training_images": len(paths),
@@ -462,7 +457,7 @@ def train(
         "seconds": round(time.monotonic() - started),
         "versions": {"efficientad_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    detector = detector.replaced(threshold=threshold_from_scores(scores), provenance=provenance)
+    detector = detector.replaced(quantiles=quantiles, threshold=threshold_from_scores(scores), provenance=provenance)
     detector.save(out)
     del features
     shutil.rmtree(work)
