@@ -71,7 +71,7 @@ class Workload:
         return result
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def workload(size: str, device: str) -> Workload:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8, generator=generator)

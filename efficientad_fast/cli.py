@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
@@ -33,7 +33,7 @@ from efficientad_fast.errors import EfficientADError, InputError
 if TYPE_CHECKING:
     from efficientad_fast.detector import Prediction
     from efficientad_fast.evaluation import Evaluation
-    from efficientad_fast.reference.networks import PatchDescriptionNetwork
+    from efficientad_fast.reference.networks import ModelSize, PatchDescriptionNetwork
     from efficientad_fast.training.student import PenaltyImages
 
 app = typer.Typer(
@@ -119,6 +119,14 @@ def _network_size(text: str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.strip().isdigit() for part in parts):
         raise InputError(f"--size must be a number or HEIGHTxWIDTH such as 256 or 256x512, got {text!r}.")
     return int(parts[0]), int(parts[-1])
+
+
+def _model_size(text: str) -> ModelSize:
+    from efficientad_fast.reference.networks import ModelSize
+
+    if text in get_args(ModelSize):
+        return cast("ModelSize", text)
+    raise InputError(f"--model-size must be 's' or 'm', got {text!r}.")
 
 
 @app.command()
@@ -365,7 +373,7 @@ def distill(
             raise InputError(f"--out must end in .safetensors, got {str(out)!r}.")
         settings = quick_distillation() if preset == "quick" else DistillSettings()
         settings = dataclasses.replace(
-            settings, backbone=backbone, model_size=model_size, steps=steps or settings.steps, seed=seed
+            settings, backbone=backbone, model_size=_model_size(model_size), steps=steps or settings.steps, seed=seed
         )
         files = tuple(path for folder in images or [] for path in list_images(folder))
         try:

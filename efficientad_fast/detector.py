@@ -24,7 +24,7 @@ from efficientad_fast.errors import DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
 from efficientad_fast.plan import Backend, Plan, PlanInput, build_plan, parse_device, parse_dtype
 from efficientad_fast.reference.maps import MapConvention, Quantiles
-from efficientad_fast.reference.networks import FEATURE_CHANNELS, Autoencoder, PatchDescriptionNetwork
+from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
 from efficientad_fast.reference.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -401,16 +401,6 @@ def _empty_networks(model_size: Any, out_channels: int, *, padding: bool) -> dic
             "autoencoder": Autoencoder(out_channels, padding=padding),
         }
     return {name: network.to_empty(device="cpu") for name, network in networks.items()}
-
-
-def new_networks(
-    model_size: Any = "s", *, padding: bool = False, out_channels: int = FEATURE_CHANNELS, seed: int = 0
-) -> tuple[PatchDescriptionNetwork, Autoencoder]:
-    """An untrained student and autoencoder, the same ones for the same seed; the global generator is left alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        student = PatchDescriptionNetwork(model_size, 2 * out_channels, padding=padding)
-        return student, Autoencoder(out_channels, padding=padding)
 
 
 def _arrange(images: ImageSource | Iterable[ImageSource]) -> tuple[bool, Iterable[ImageSource]]:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from assertions import assert_close
@@ -304,6 +305,17 @@ def replace_data(networks: Networks) -> None:
     networks[2][0].weight.data = torch.ones_like(networks[2][0].weight)
 
 
+FIXED_MEMORY = np.zeros(128, np.float32)
+
+
+def return_to_the_same_address(networks: Networks) -> None:
+    """As ``.half().float()`` may do: the old memory is free, and an allocator hands it out again."""
+    bias = networks[0][0].bias
+    bias.data = torch.empty(0)
+    FIXED_MEMORY[:] += 1
+    bias.data = torch.from_numpy(FIXED_MEMORY)
+
+
 def swap_contents(networks: Networks) -> None:
     torch.utils.swap_tensors(networks[0][0].weight, nn.Parameter(torch.ones_like(networks[0][0].weight)))
 
@@ -325,6 +337,7 @@ CHANGES: dict[str, Callable[[Networks], object]] = {
     "layer replaced": replace_layer,
     "layers swapped": swap_layers,
     "data replaced": replace_data,
+    "data replaced at its address": return_to_the_same_address,
     "contents swapped": swap_contents,
     "vector_to_parameters": lambda networks: vector_to_parameters(torch.ones(10**6 * 3), networks[0].parameters()),
 }
@@ -492,30 +505,46 @@ def test_hooks_fire_and_packing_comes_back_without_them(plans: list[StandInPlan]
 
 
 def test_warnings_by_reason_and_packing_again(monkeypatch: pytest.MonkeyPatch, plans: list[StandInPlan]) -> None:
-    seen, networks = without_forward(monkeypatch), build()
-    predict(random_image(), *networks, *statistics())
-    assert (len(plans), len(seen)) == (1, 0)
+    seen, networks, arguments = without_forward(monkeypatch), build(), statistics()
+    shared = nn.ReLU().eval()
+    networks[1][1] = networks[1][4] = shared
+
+    def expect_packed() -> None:
+        before = len(seen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            predict(random_image(), *networks, *arguments)
+        assert len(seen) == before
+
+    def expect_warning(message: str, *shape: int) -> None:
+        before = len(seen)
+        with pytest.warns(NotPackedWarning, match=message):
+            predict(random_image(*shape), *networks, *arguments)
+        assert len(seen) == before + 1
+
+    expect_packed()
     global_hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-    with pytest.warns(NotPackedWarning, match="hooks are registered for all modules"):
-        predict(random_image(), *networks, *statistics())
+    expect_warning("hooks are registered for all modules")
     global_hook.remove()
+    expect_packed()
     networks[0][2].padding = 1
-    with pytest.warns(NotPackedWarning, match="the layers of the teacher are not"):
-        predict(random_image(), *networks, *statistics())
+    expect_warning("the layers of the teacher are not")
     networks[0][2].padding = (0, 0)
+    expect_packed()
+    # The same modules in the same order, if one counts each once.
+    networks[1][4], networks[1][5] = networks[1][5], networks[1][4]
+    expect_warning("the layers of the student are not")
+    networks[1][4], networks[1][5] = networks[1][5], networks[1][4]
+    expect_packed()
     networks[1].forward = lambda image: image
-    with pytest.warns(NotPackedWarning, match="the student has forward hooks or a replaced forward"):
-        predict(random_image(), *networks, *statistics())
+    expect_warning("the student has forward hooks or a replaced forward")
     del networks[1].forward
-    with torch.autocast("cpu"), pytest.warns(NotPackedWarning, match="autocast is on"):
-        predict(random_image(), *networks, *statistics())
-    with pytest.warns(NotPackedWarning, match=r"not made for images of size \(300, 256\)"):
-        predict(random_image(1, 3, 300, 256), *networks, *statistics())
-    assert len(seen) == 5
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        predict(random_image(), *networks, *statistics())
-    assert (len(seen), plans[-1].weight) == (5, weight_sum(networks))
+    expect_packed()
+    with torch.autocast("cpu"):
+        expect_warning("autocast is on")
+    expect_warning(r"not made for images of size \(300, 256\)", 1, 3, 300, 256)
+    expect_packed()
+    assert plans[-1].weight == weight_sum(networks)
 
 
 def test_a_size_that_the_modules_do_not_take_is_their_own_error(plans: list[StandInPlan]) -> None:

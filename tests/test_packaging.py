@@ -80,9 +80,8 @@ def files_below(folder: Path) -> set[str]:
 def use(site: Path, code: str, elsewhere: Path) -> str:
     """Runs code where `site` is the only folder that has the package: no editable install, no checkout."""
     site_packages = [entry for entry in sys.path if "site-packages" in entry]
-    prepare = f"import sys, site; sys.path += {site_packages!r}; site.addsitedir({str(site)!r})"
-    command = (sys.executable, "-S", "-c", f"{prepare}; sys.path.insert(0, sys.path.pop())\n{code}")
-    result = run(*command, cwd=elsewhere, env=environment())
+    prepare = f"import sys, site; site.addsitedir({str(site)!r}); sys.path += {site_packages!r}"
+    result = run(sys.executable, "-S", "-c", f"{prepare}\n{code}", cwd=elsewhere, env=environment())
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -131,18 +131,20 @@ def test_resuming_with_other_settings_says_which(dataset: Dataset, tmp_path: Pat
 
 
 def test_caching_the_teacher_changes_its_features_by_half_precision_only(dataset: Dataset, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, augment=False)
     paths = dataset.train
-    plain = student._Batches(paths, dataclasses.replace(SETTINGS, cache_teacher=False), None, None)
+    plain = student._Batches(paths, settings, None, None)
     teacher = _teacher()
     mean, std, features = student.teacher_statistics(
-        teacher, paths, SETTINGS, torch.device("cpu"), tmp_path / "f.npy", student._Silent()
+        teacher, paths, settings, torch.device("cpu"), tmp_path / "f.npy", student._Silent()
     )
-    cached = student._Batches(paths, SETTINGS, None, features)
+    cached = student._Batches(paths, settings, None, features)
     for step in range(3):
         one, other = plain.load(step), cached.load(step)
-        assert torch.equal(one.image, other.image) and one.places == other.places
-        assert other.features is not None and one.features is None
-        torch.testing.assert_close(other.features.float(), teacher(one.image), rtol=2e-3, atol=2e-3)
+        assert torch.equal(one.crops, other.crops) and one.places == other.places
+        assert one.crop_features is None and other.crop_features is not None and other.whole_features is not None
+        torch.testing.assert_close(other.crop_features.float(), teacher(one.crops), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(other.whole_features.float(), teacher(one.whole), rtol=2e-3, atol=2e-3)
     assert mean.shape == std.shape == (CHANNELS,)
 
 
@@ -160,23 +162,34 @@ def test_teacher_statistics_are_those_of_all_features(dataset: Dataset) -> None:
     np.testing.assert_allclose(std.numpy(), values.std(1), rtol=1e-4)
 
 
-def test_a_step_of_crops_computes_the_losses_of_the_whole_image_there(dataset: Dataset) -> None:
+@pytest.mark.parametrize("augmented", [True, False])
+def test_a_step_computes_the_losses_of_the_paper(dataset: Dataset, augmented: bool) -> None:
     """With the crop as large as the image, the crop path must give what plain code on whole images gives."""
-    settings = dataclasses.replace(SETTINGS, crop=256, cache_teacher=False)
-    batches = student._Batches(dataset.train, settings, None, None)
-    data = batches.load(0)
+    settings = dataclasses.replace(SETTINGS, crop=256, cache_teacher=False, augment=augmented, hard_fraction=0.9)
+    data = student._Batches(dataset.train, settings, None, None).load(0)
+    assert torch.equal(data.crops, data.whole) is not augmented
     detector = small_detector()
-    mean, std = torch.zeros(1, CHANNELS, 1, 1), torch.ones(1, CHANNELS, 1, 1)
-    losses = student.step_losses(detector.teacher, detector.student, detector.autoencoder, data, mean, std, 0.9)
-    place = data.places[0]
-    assert place == (slice(0, 56), slice(0, 56))
-    teacher = normalise_features(detector.teacher(data.image), mean, std)
-    expected = hard_feature_loss(teacher, detector.student(data.image)[:, :CHANNELS], 0.9)
+    mean, std = torch.full((1, CHANNELS, 1, 1), 0.1), torch.full((1, CHANNELS, 1, 1), 0.5)
+    losses = student.step_losses(detector.teacher, detector.student, detector.autoencoder, data, mean, std, settings)
+    assert data.places[0] == (slice(0, 56), slice(0, 56))
+    image, whole = (normalise_features(detector.teacher(one), mean, std) for one in (data.crops, data.whole))
+    expected = hard_feature_loss(image, detector.student(data.crops)[:, :CHANNELS], 0.9)
     torch.testing.assert_close(losses["hard"], expected)
-    decoded = detector.autoencoder(data.augmented)
-    torch.testing.assert_close(losses["ae"], ((detector.teacher(data.augmented) - decoded) ** 2).mean())
-    stae = ((decoded - detector.student(data.augmented)[:, CHANNELS:]) ** 2).mean()
+    decoded = detector.autoencoder(data.whole)
+    torch.testing.assert_close(losses["ae"], ((whole - decoded) ** 2).mean())
+    stae = ((decoded - detector.student(data.whole)[:, CHANNELS:]) ** 2).mean()
     torch.testing.assert_close(losses["stae"], stae)
+
+
+def test_a_small_crop_gives_the_part_of_the_whole_images_features(dataset: Dataset) -> None:
+    settings = dataclasses.replace(SETTINGS, cache_teacher=False, autoencoder_images=1)
+    data = student._Batches(dataset.train, settings, None, None).load(1)
+    assert len(data.crops) == 2 and len(data.whole) == len(data.whole_crops) == 1
+    teacher = _teacher()
+    rows, columns = data.places[0]
+    torch.testing.assert_close(
+        teacher(data.whole_crops)[0], teacher(data.whole)[0][:, rows, columns], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_every_image_is_seen_once_an_epoch(dataset: Dataset) -> None:

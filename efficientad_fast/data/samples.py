@@ -228,12 +228,12 @@ def _good_arrangement(rng: Rng) -> _Arrangement:
         screws=[True] * len(_SCREW_PLACES),
         holes=[False] * len(_HOLE_PLACES),
         fuses=list(range(len(_FUSE_PLACES))),
-        screw_angles=rng.uniform(0, math.pi / 2, len(_SCREW_PLACES) + len(_HOLE_PLACES)).tolist(),
+        screw_angles=rng.uniform(0.3, 0.7, len(_SCREW_PLACES) + len(_HOLE_PLACES)).tolist(),
         offsets=rng.uniform(-0.003, 0.003, (6, 2)),
         label_angle=float(rng.uniform(-0.04, 0.04)),
-        capacitor_angle=float(rng.uniform(-0.15, 0.15)),
+        capacitor_angle=float(rng.uniform(-0.03, 0.03)),
         serial=rng.integers(0, 10, 2).tolist(),
-        metal=float(rng.uniform(0.56, 0.64)),
+        metal=float(rng.uniform(0.58, 0.62)),
     )
 
 
@@ -268,12 +268,12 @@ def _draw_plate(surface: _Surface, rng: Rng, metal: float) -> None:
     distance = _box(*_PLATE_HALF, corner=0.03)(surface.x, surface.y)
     chamfer = np.clip(-distance / np.float32(0.012), 0, 1)
     surface.height[:] = np.float32(0.010 * surface.scale) * (chamfer - 1)
-    grain = np.float32(0.030) * _brushed(rng, height, width, max(2, round(0.16 * surface.scale)))
-    grain += np.float32(0.018) * _brushed(rng, height, width, max(2, round(0.03 * surface.scale)))
-    grain += np.float32(0.015) * _smooth_noise(rng, (height, width), 7)
+    grain = np.float32(0.018) * _brushed(rng, height, width, max(2, round(0.16 * surface.scale)))
+    grain += np.float32(0.010) * _brushed(rng, height, width, max(2, round(0.03 * surface.scale)))
+    grain += np.float32(0.012) * _smooth_noise(rng, (height, width), 7)
     direction, place = rng.uniform(0, math.pi), rng.uniform(-0.3, 0.3)
     across = surface.x * np.float32(math.cos(direction)) + surface.y * np.float32(math.sin(direction))
-    sheen = np.float32(rng.uniform(0.0, 0.12)) * np.exp(-(((across - np.float32(place)) / np.float32(0.16)) ** 2))
+    sheen = np.float32(rng.uniform(0.0, 0.06)) * np.exp(-(((across - np.float32(place)) / np.float32(0.16)) ** 2))
     brightness = np.float32(metal) + grain + sheen
     surface.colour[:] = brightness[..., None] * np.array((0.99, 1.0, 1.025), np.float32)
     surface.gloss[:] = 0.25
@@ -499,7 +499,7 @@ def _scratch(surface: _Surface, rng: Rng) -> Floats:
     direction = float(rng.uniform(0.5, math.pi - 0.5)) * float(rng.choice((-1.0, 1.0)))
     for stroke in range(int(rng.integers(1, 4))):
         length = float(rng.uniform(0.10, 0.30)) * (1.0 if stroke == 0 else 0.6)
-        bend, thickness = float(rng.normal(0, 0.5)), float(rng.uniform(0.004, 0.0085))
+        bend, thickness = float(rng.normal(0, 0.5)), float(rng.uniform(0.006, 0.011))
         steps = np.linspace(-0.5, 0.5, 24)
         angle = direction + float(rng.normal(0, 0.12)) + bend * steps
         points = start + np.cumsum(np.stack((np.cos(angle), np.sin(angle)), axis=1), axis=0) * length / 24
@@ -530,7 +530,7 @@ def _scratch(surface: _Surface, rng: Rng) -> Floats:
 
 def _dent(surface: _Surface, rng: Rng) -> Floats:
     """A blow on the open metal: a bowl with a raised rim, its bottom scuffed dull."""
-    radius = float(rng.uniform(0.034, 0.055))
+    radius = float(rng.uniform(0.045, 0.070))
     centre = _bare_place(surface, rng, radius, tries=24)
     window = surface.window(centre, 2.0 * radius)
     area = window.area
@@ -559,7 +559,7 @@ _STAINS: tuple[Colour, ...] = (
 
 def _stain(surface: _Surface, rng: Rng) -> Floats:
     """A blot of oil, rust, verdigris or flux with a darker edge and drops around it."""
-    radius = float(rng.uniform(0.035, 0.085))
+    radius = float(rng.uniform(0.050, 0.095))
     centre = _bare_place(surface, rng, radius, tries=2)
     window = surface.window(centre, 2.6 * radius)
     area = window.area
@@ -585,7 +585,7 @@ def _stain(surface: _Surface, rng: Rng) -> Floats:
 
 def _chip(surface: _Surface, rng: Rng) -> Floats:
     """A piece broken out of the edge of the plate; the fracture is rough and bright, the belt shows behind it."""
-    radius = float(rng.uniform(0.030, 0.055))
+    radius = float(rng.uniform(0.045, 0.075))
     half_width, half_height = _PLATE_HALF
     side, along = int(rng.integers(4)), float(rng.uniform(-0.7, 0.7))
     inset = 0.2 * radius
@@ -652,17 +652,17 @@ class _Scene:
 
 def _random_scene(rng: Rng) -> _Scene:
     return _Scene(
-        angle=math.radians(float(rng.uniform(-8, 8))),
-        shift=(float(rng.uniform(-0.05, 0.05)), float(rng.uniform(-0.05, 0.05))),
-        zoom=float(rng.uniform(0.97, 1.03)),
-        azimuth=math.radians(float(rng.uniform(-135, -45))),
-        elevation=math.radians(float(rng.uniform(42, 58))),
+        angle=math.radians(float(rng.uniform(-3, 3))),
+        shift=(float(rng.uniform(-0.07, 0.07)), float(rng.uniform(-0.07, 0.07))),
+        zoom=float(rng.uniform(0.985, 1.015)),
+        azimuth=math.radians(float(rng.uniform(-105, -75))),
+        elevation=math.radians(float(rng.uniform(47, 53))),
         gain=float(rng.uniform(0.85, 1.15)),
         falloff=float(rng.uniform(0.0, 0.25)),
         vignette=float(rng.uniform(0.05, 0.30)),
         tint=tuple(rng.uniform(0.975, 1.025, 3).tolist()),
-        blur=float(rng.uniform(0.0, 0.0022)),
-        noise=float(rng.uniform(1.0, 2.5)),
+        blur=float(rng.uniform(0.0008, 0.0016)),
+        noise=float(rng.uniform(0.5, 1.2)),
     )
 
 
@@ -712,9 +712,9 @@ def _belt(rng: Rng, size: int) -> Floats:
     phase_x, phase_y = (np.float32(value) for value in rng.uniform(0, 2 * math.pi, 2))
     rising = np.sin(wave * (pixel[None, :] + pixel[:, None]) + phase_x)
     falling = np.sin(wave * (pixel[None, :] - pixel[:, None]) + phase_y)
-    belt: Floats = np.float32(rng.uniform(0.20, 0.24)) + np.float32(0.035) * rising * falling
-    belt += np.float32(0.020) * rng.standard_normal((size, size), dtype=np.float32)
-    belt += np.float32(0.018) * _smooth_noise(rng, (size, size), 9)
+    belt: Floats = np.float32(rng.uniform(0.20, 0.24)) + np.float32(0.018) * rising * falling
+    belt += np.float32(0.004) * rng.standard_normal((size, size), dtype=np.float32)
+    belt += np.float32(0.010) * _smooth_noise(rng, (size, size), 9)
     return belt
 
 

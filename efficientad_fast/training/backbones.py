@@ -93,14 +93,14 @@ def _wide_resnet(name: str) -> Backbone:
 
 def _patch_vectors(features: Tensor) -> Tensor:
     """3x3 patches, stride 1, zero padding 1: ``(N, C, h, w)`` to ``(N, 9C, h, w)``, channel-major."""
-    return F.unfold(features, 3, padding=1).unflatten(2, features.shape[-2:])
+    count, _, height, width = features.shape
+    return F.unfold(features, 3, padding=1).view(count, -1, height, width)
 
 
 def _pool_vectors(vectors: Tensor, length: int) -> Tensor:
     """Adaptive average pooling along the last dimension: ``(..., L)`` to ``(..., length)``."""
-    return (
-        F.adaptive_avg_pool1d(vectors.flatten(0, -2).unsqueeze(1), length).squeeze(1).unflatten(0, vectors.shape[:-1])
-    )
+    pooled = F.adaptive_avg_pool1d(vectors.flatten(0, -2).unsqueeze(1), length)
+    return pooled.view(*vectors.shape[:-1], length)
 
 
 def embed(shallow: Tensor, deep: Tensor, channels: int = FEATURE_CHANNELS) -> Tensor:

@@ -21,7 +21,8 @@ from efficientad_fast.reference.quantile import streamed_quantiles
 START, END = 0.9, 0.995
 
 
-def _checked(start: float, end: float, name: str) -> tuple[float, float]:
+def _checked(name: str, quantiles: Sequence[float]) -> tuple[float, float]:
+    start, end = quantiles
     if not end > start:
         raise InputError(
             f"The {START} and {END} quantiles of {name} over the validation images are {start} and {end}, but must "
@@ -77,8 +78,8 @@ def calibrate(
                 raw = raw_maps(index)[which]
                 yield maps.resized_raw_map(raw, size, pad_maps=pad_maps) if convention == "resized" else raw
 
-        st = _checked(*streamed_quantiles(lambda: one_map(0), (START, END)), "map_st")
-        ae = _checked(*streamed_quantiles(lambda: one_map(1), (START, END)), "map_ae")
+        st = _checked("map_st", streamed_quantiles(lambda: one_map(0), (START, END)))
+        ae = _checked("map_ae", streamed_quantiles(lambda: one_map(1), (START, END)))
         quantiles = Quantiles(st[0], st[1], ae[0], ae[1])
         scores = []
         for index, original_size in enumerate(original_sizes):

@@ -270,7 +270,7 @@ def distill(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         teacher = PatchDescriptionNetwork(settings.model_size, padding=settings.crop is None)
-    teacher = teacher.to(memory_format=torch.channels_last)
+    teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.Adam(teacher.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     first = 0
     if resume and state_file.exists():

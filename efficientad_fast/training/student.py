@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from efficientad_fast.data.decode import decode_image
 from efficientad_fast.data.folders import Dataset, split_validation
 from efficientad_fast.data.textures import synthetic_image
-from efficientad_fast.detector import Detector, Preprocessing, new_networks
+from efficientad_fast.detector import Detector, Preprocessing
 from efficientad_fast.errors import DatasetError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
 from efficientad_fast.plan import parse_device
@@ -35,6 +35,7 @@ from efficientad_fast.reference.maps import MapConvention
 from efficientad_fast.reference.networks import (
     FEATURE_BORDER,
     FEATURE_STRIDE,
+    Autoencoder,
     PatchDescriptionNetwork,
     feature_size,
     normalise_features,
@@ -54,6 +55,8 @@ class TrainSettings:
     """How to train. The defaults are the paper's; see :func:`quick_training` for minutes on two cores.
 
     Attributes:
+        augment: change brightness, contrast or saturation of the autoencoder's images. Without it the student sees an
+            image once for both of its halves and, with ``cache_teacher``, the teacher is not run in a step at all.
         crop: side in pixels of the square the student sees in a step, a multiple of 4; ``None`` for the whole
             image. The autoencoder always sees the whole image. Only without padding, where the PDN on a crop is the
             crop of the PDN.
@@ -64,6 +67,8 @@ class TrainSettings:
         decay_after: share of the steps after which the learning rate is a tenth.
         schedule: ``"step"`` as in the paper, or ``"cosine"`` down to zero.
         hard_fraction: quantile of the squared differences from which on they count.
+        initialisation: of student and autoencoder. PyTorch's own shrinks the signal in every layer, so that the
+            autoencoder's 14 give their bias alone for the first few hundred steps; ``"kaiming"`` keeps its scale.
         validation_fraction: share of the training images held back where the data set brings no validation images.
         save_every: steps from one resumable state to the next.
     """
@@ -75,10 +80,12 @@ class TrainSettings:
     schedule: Literal["step", "cosine"] = "step"
     decay_after: float = 0.95
     hard_fraction: float = 0.999
+    initialisation: Literal["pytorch", "kaiming"] = "pytorch"
     size: tuple[int, int] = (256, 256)
     padding: bool = False
     pad_maps: bool = True
     map_convention: MapConvention = "resized"
+    augment: bool = True
     crop: int | None = None
     autoencoder_images: int | None = None
     cache_teacher: bool = False
@@ -102,18 +109,21 @@ class TrainSettings:
                 raise InputError(f"crop must be a multiple of 4 from {smallest} to {min(self.size)}, got {self.crop}.")
 
 
-def quick_training(steps: int = 300, seed: int = 0) -> TrainSettings:
-    """Minutes on two cores: few steps of several small crops at a higher rate, with the teacher's features cached."""
+def quick_training(steps: int = 360, seed: int = 0) -> TrainSettings:
+    """Minutes on two cores: few steps of several small crops at a higher rate, the teacher's features cached."""
     return TrainSettings(
         steps=steps,
         batch_size=4,
         learning_rate=1e-3,
         schedule="cosine",
         hard_fraction=0.99,
+        initialisation="kaiming",
+        augment=False,
         crop=96,
+        autoencoder_images=2,
         cache_teacher=True,
         seed=seed,
-        save_every=50,
+        save_every=60,
     )
 
 
@@ -154,13 +164,18 @@ class PenaltyImages:
 
 @dataclass(frozen=True)
 class _StepData:
-    """Input of one step. Crops are of one place for an image and its augmented version."""
+    """Input of one step: N images, of which the autoencoder sees the first A.
 
-    image: Tensor  # (N, 3, c, c), cropped
-    augmented: Tensor  # (A, 3, H, W), whole, the first A images
-    augmented_crop: Tensor  # (A, 3, c, c), cropped
+    Crops are of one place for an image and for all that belongs to it. Features are the teacher's, not normalised, as
+    cached; ``None`` where they are to be computed.
+    """
+
     places: list[tuple[slice, slice]]  # of the N crops, in features
-    features: Tensor | None  # (N, 384, f, f) float16 or float32, of the cropped image, where cached
+    crops: Tensor  # (N, 3, c, c)
+    crop_features: Tensor | None  # (N, 384, f, f)
+    whole: Tensor  # (A, 3, H, W), augmented where the settings say so
+    whole_crops: Tensor  # (A, 3, c, c), the crops of them
+    whole_features: Tensor | None  # (A, 384, h, w), of images that are not augmented
     penalty: Tensor | None  # (N, 3, c, c)
 
 
@@ -207,30 +222,43 @@ class _Batches:
         return image[..., top : top + self._settings.crop, left : left + self._settings.crop]
 
     def load(self, step: int) -> _StepData:
-        generator = torch.Generator().manual_seed(step_seed(self._settings.seed, step, "data"))
-        images, augmented, crops, places, features, penalties = [], [], [], [], [], []
+        settings = self._settings
+        generator = torch.Generator().manual_seed(step_seed(settings.seed, step, "data"))
+        places: list[tuple[slice, slice]] = []
+        crops: list[Tensor] = []
+        crop_features: list[Tensor] = []
+        whole: list[Tensor] = []
+        whole_features: list[Tensor] = []
+        penalties: list[Tensor] = []
         for index in self._indices(step):
-            image = resize_antialias(decode_image(self._paths[index]), self._settings.size)
+            image = resize_antialias(decode_image(self._paths[index]), settings.size)
             place = self._place(generator)
             places.append(place)
-            images.append(self._crop(normalise(image), place))
-            if len(augmented) < (self._settings.autoencoder_images or self._settings.batch_size):
-                augmented.append(normalise(augment(image, generator)))
-                crops.append(self._crop(augmented[-1], place))
-            if self._features is not None:
-                features.append(torch.from_numpy(np.array(self._features[index][place])).movedim(-1, 0))
+            crops.append(self._crop(normalise(image), place))
+            cached = None if self._features is None else self._features[index]
+            if cached is not None:
+                crop_features.append(torch.from_numpy(np.array(cached[place])).movedim(-1, 0))
+            if len(whole) < (settings.autoencoder_images or settings.batch_size):
+                whole.append(normalise(augment(image, generator) if settings.augment else image))
+                if cached is not None and not settings.augment:
+                    whole_features.append(torch.from_numpy(np.array(cached)).movedim(-1, 0))
             if self._penalty is not None:
                 penalty = self._penalty.draw(generator)
-                side = min(self._settings.crop or PENALTY_SIDE, PENALTY_SIDE)
+                side = min(settings.crop or PENALTY_SIDE, PENALTY_SIDE)
                 top, left = (int(torch.randint(PENALTY_SIDE - side + 1, (), generator=generator)) for _ in range(2))
                 penalties.append(penalty[:, top : top + side, left : left + side])
+
+        def stacked(tensors: list[Tensor]) -> Tensor | None:
+            return torch.stack(tensors) if tensors else None
+
         return _StepData(
-            torch.stack(images),
-            torch.stack(augmented),
-            torch.stack(crops),
             places,
-            torch.stack(features) if features else None,
-            torch.stack(penalties) if penalties else None,
+            torch.stack(crops),
+            stacked(crop_features),
+            torch.stack(whole),
+            torch.stack([self._crop(image, place) for image, place in zip(whole, places, strict=False)]),
+            stacked(whole_features),
+            stacked(penalties),
         )
 
     def ahead(self, first: int, last: int) -> Iterator[tuple[int, _StepData]]:
@@ -250,7 +278,7 @@ def step_losses(
     data: _StepData,
     mean: Tensor,
     std: Tensor,
-    hard_fraction: float,
+    settings: TrainSettings,
 ) -> dict[str, Tensor]:
     """The terms of one step's loss, scalars; their sum is what is minimised. mean, std: ``(1, 384, 1, 1)``."""
     device = mean.device
@@ -258,24 +286,29 @@ def step_losses(
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(device).contiguous(memory_format=torch.channels_last)
 
+    def teach(images: Tensor, cached: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            features = teacher(images) if cached is None else cached.to(device, mean.dtype)
+            return normalise_features(features, mean, std)
+
     def at_places(features: Tensor) -> Tensor:
         pairs = zip(features, data.places[: len(features)], strict=True)
         return torch.stack([one[:, rows, columns] for one, (rows, columns) in pairs])
 
-    image, whole, part = place(data.image), place(data.augmented), place(data.augmented_crop)
-    with torch.no_grad():
-        if data.features is None:
-            teacher_image = normalise_features(teacher(image), mean, std)
-        else:
-            teacher_image = normalise_features(data.features.to(device, mean.dtype), mean, std)
-        teacher_augmented = normalise_features(teacher(part), mean, std)
-    student_st, _ = split_student(student(image))
-    _, student_ae = split_student(student(part))
-    decoded = at_places(autoencoder(whole))
+    crops, whole = place(data.crops), place(data.whole)
+    decoded = autoencoder(whole)
+    decoded_crops = at_places(decoded)
+    student_st, student_ae = split_student(student(crops))
+    if settings.augment:
+        whole_crops = place(data.whole_crops)
+        _, student_ae = split_student(student(whole_crops))
+        autoencoder_loss = mean_squared_error(teach(whole_crops, None), decoded_crops)
+    else:
+        autoencoder_loss = mean_squared_error(teach(whole, data.whole_features), decoded)
     losses = {
-        "hard": hard_feature_loss(teacher_image, student_st, hard_fraction),
-        "ae": mean_squared_error(teacher_augmented, decoded),
-        "stae": mean_squared_error(decoded, student_ae),
+        "hard": hard_feature_loss(teach(crops, data.crop_features), student_st, settings.hard_fraction),
+        "ae": autoencoder_loss,
+        "stae": mean_squared_error(decoded_crops, student_ae[: len(decoded)]),
     }
     if data.penalty is not None:
         losses["penalty"] = penalty_loss(split_student(student(place(data.penalty)))[0])
@@ -353,6 +386,22 @@ def _kept_statistics(
     return mean, std, features
 
 
+def new_networks(
+    teacher: PatchDescriptionNetwork, settings: TrainSettings
+) -> tuple[PatchDescriptionNetwork, Autoencoder]:
+    """An untrained student and autoencoder for a teacher: the same ones for the same seed, whatever came before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        student = PatchDescriptionNetwork(teacher.model_size, 2 * teacher.out_channels, padding=settings.padding)
+        autoencoder = Autoencoder(teacher.out_channels, padding=settings.padding)
+        if settings.initialisation == "kaiming":
+            for module in itertools.chain(student.modules(), autoencoder.modules()):
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    return student, autoencoder
+
+
 def _split(dataset: Dataset, settings: TrainSettings) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     if dataset.validation:
         return dataset.train, dataset.validation
@@ -411,9 +460,7 @@ def train(
 
     teacher = teacher.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std, features = _kept_statistics(teacher, paths, settings, target, work, run, observer)
-    student, autoencoder = new_networks(
-        teacher.model_size, padding=settings.padding, out_channels=teacher.out_channels, seed=settings.seed
-    )
+    student, autoencoder = new_networks(teacher, settings)
     for network in (student, autoencoder):
         network.to(device=target, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimiser = torch.optim.Adam(
@@ -483,7 +530,7 @@ def _take_steps(
             torch.manual_seed(step_seed(settings.seed, step, "dropout"))
             for group in optimiser.param_groups:
                 group["lr"] = _learning_rate(settings, step)
-            losses = step_losses(teacher, student, autoencoder, data, mean, std, settings.hard_fraction)
+            losses = step_losses(teacher, student, autoencoder, data, mean, std, settings)
             optimiser.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             optimiser.step()
