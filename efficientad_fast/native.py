@@ -27,6 +27,7 @@ MINIMUM_TORCH = (2, 11)
 _PACKAGE = Path(__file__).resolve().parent
 _DISTRIBUTION = "efficientad-fast"
 _TITLES = {"extension": "module _C", "cpu": "CPU library", "cuda": "CUDA library"}
+_MODES = {"extension": "cpu", "cpu": "cpu", "cuda": "cuda"}
 
 
 @functools.cache
@@ -129,11 +130,12 @@ def extension() -> ModuleType:
 
 def _require(name: Library | Literal["extension"]) -> None:
     reason = why_not_built(name)
-    if reason is not None:
-        raise BackendError(
-            f"The {_TITLES[name]} is not part of this installation: {reason}. Where it can be built, install again: "
-            "EFFICIENTAD_FAST_BUILD=auto pip install . ; efficientad-fast info shows what is there."
-        )
+    if reason is None:
+        return
+    message = f"The {_TITLES[name]} is not part of this installation: {reason}."
+    if build_info() is not None:
+        message += f" To change that, install again with EFFICIENTAD_FAST_BUILD={_MODES[name]}."
+    raise BackendError(message)
 
 
 def _torch_version() -> tuple[int, int]:
@@ -148,6 +150,6 @@ def _why_unbuilt() -> str:
         if installed != _PACKAGE and (installed / "build_info.json").is_file():
             return (
                 f"{reason}, and it hides the one installed in {installed} because Python was started in, or was given, "
-                "the folder above it; start Python in another folder, or install this tree with pip install -e ."
+                "the folder above it; start Python in another folder, or run pip install -e . in that one"
             )
     return f"{reason}; run make test or pip install -e . in the folder above it"

@@ -31,8 +31,9 @@ needs_cuda_library = pytest.mark.skipif(
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package folder to put build information and libraries into."""
+    """A package folder to put build information and libraries into, with no other installed."""
     monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native.importlib.metadata, "distributions", lambda **_: [])
     caches = (native.build_info, native.load, native.extension)
     # A library is loaded for good, so what was remembered of the real one is put back by loading again.
     for cache in caches:
@@ -83,7 +84,7 @@ def test_a_tree_that_was_never_built_says_so(package: Path) -> None:
 def test_what_was_left_out_gives_its_reason(package: Path) -> None:
     write_info(package, built=["cpu"], left_out={"cuda": "nvcc was not found"})
     assert native.is_built("cpu")
-    with pytest.raises(BackendError, match="CUDA library is not part of this installation: nvcc was not found"):
+    with pytest.raises(BackendError, match=r"CUDA library is not part .*: nvcc was not found\. .*BUILD=cuda"):
         native.load("cuda")
 
 
