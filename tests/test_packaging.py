@@ -244,6 +244,18 @@ def test_cuda_fails_without_nvcc(sources: Path, tmp_path: Path) -> None:
     assert message in result.stdout + result.stderr
 
 
+def test_without_a_compiler_auto_builds_nothing_and_cpu_fails(sources: Path, tmp_path: Path) -> None:
+    no_compiler = {"CXX": str(tmp_path / "absent")}
+    wheel = built(sources, tmp_path / "dist", EFFICIENTAD_FAST_BUILD="auto", **no_compiler)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    site = unpacked(wheel, tmp_path / "site")
+    info = json.loads((site / "efficientad_fast" / "build_info.json").read_text(encoding="utf-8"))
+    assert "no C++ compiler was found" in info["left_out"]["cpu"]
+    result = build(sources, tmp_path / "refused", EFFICIENTAD_FAST_BUILD="cpu", **no_compiler)
+    assert result.returncode != 0
+    assert "EFFICIENTAD_FAST_BUILD=cpu: the module _C cannot be built: there is no C++" in result.stdout + result.stderr
+
+
 def fake_nvcc(home: Path) -> None:
     """An nvcc that answers questions and compiles nothing."""
     nvcc = home / "bin" / "nvcc"

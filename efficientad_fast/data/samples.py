@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -918,11 +918,15 @@ def _blurred(values: Floats, sigma: float) -> Floats:
     return values
 
 
+Reduction = Literal["max", "mean", "smoothed_max"]
+"""How :func:`mean_image_baseline` turns differences of pixels into a score."""
+
+
 def mean_image_baseline(
     train: Sequence[Path],
     test: Sequence[Path],
     *,
-    reduction: Literal["max", "mean", "smoothed_max"] = "smoothed_max",
+    reduction: Reduction = "smoothed_max",
 ) -> list[float]:
     """Score images by their difference from the mean training image: what a set without variation is solved by.
 
@@ -943,8 +947,8 @@ def mean_image_baseline(
     """
     if not train:
         raise InputError("The mean training image needs at least one image, got none.")
-    if reduction not in ("max", "mean", "smoothed_max"):
-        raise InputError(f"Unknown reduction {reduction!r}: expected max, mean or smoothed_max.")
+    if reduction not in get_args(Reduction):
+        raise InputError(f"Unknown reduction {reduction!r}: expected {', '.join(get_args(Reduction))}.")
 
     def pixels(path: Path) -> Floats:
         with Image.open(path) as image:

@@ -41,7 +41,7 @@ from efficientad_fast.reference.networks import (
     normalise_features,
     split_student,
 )
-from efficientad_fast.reference.preprocess import normalise, resize_antialias
+from efficientad_fast.reference.preprocess import check_network_size, normalise, resize_antialias
 from efficientad_fast.training.augment import augment, to_grey
 from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate, threshold_from_scores
 from efficientad_fast.training.state import fingerprint, interruptible, load_state, save_state, step_seed
@@ -94,6 +94,7 @@ class TrainSettings:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
+        check_network_size(self.size)
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")

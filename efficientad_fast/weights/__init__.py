@@ -11,7 +11,7 @@ import torch
 
 from efficientad_fast.errors import DetectorFileError
 from efficientad_fast.files import read_tensors, write_tensors
-from efficientad_fast.reference.networks import PatchDescriptionNetwork
+from efficientad_fast.reference.networks import FEATURE_CHANNELS, PatchDescriptionNetwork
 
 TEACHER_FORMAT = "efficientad_fast teacher 1"
 DEFAULT_TEACHER = Path(__file__).with_name("teacher_s.safetensors")
@@ -43,7 +43,10 @@ def load_teacher(path: Path | None = None, *, padding: bool = False) -> tuple[Pa
             f"{path} is not a teacher file (format {metadata.get('format')!r}, expected {TEACHER_FORMAT!r}). "
             "Make one with `efficientad-fast distill`."
         )
-    teacher = PatchDescriptionNetwork(metadata["model_size"], padding=padding)  # type: ignore[arg-type]
+    model_size = "m" if metadata["model_size"] == "m" else "s"
+    last_bias = tensors.get("conv6.bias" if model_size == "m" else "conv4.bias")
+    channels = FEATURE_CHANNELS if last_bias is None else len(last_bias)
+    teacher = PatchDescriptionNetwork(model_size, channels, padding=padding)  # type: ignore[arg-type]
     try:
         teacher.load_state_dict({name: value.float() for name, value in tensors.items()})
     except RuntimeError as error:
