@@ -423,7 +423,7 @@ def demo(
             result = run_demo(out, seed=seed, observer=watch)
         _print_evaluation(result.evaluation)
         console.print(
-            f"baseline (best of three differences from the mean training image): image AUROC {result.baseline_auroc:.4f}"
+            f"baseline (best difference from the mean training image): image AUROC {result.baseline_auroc:.4f}"
         )
         console.print(f"report: {escape(str(result.report.resolve()))}", soft_wrap=True)
 
