@@ -292,7 +292,7 @@ def test_resizing_masks_by_hand(tmp_path: Path) -> None:
     target=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_resized_masks_take_the_pixel_under_the_centre(
     tmp_path_factory: pytest.TempPathFactory, source: tuple[int, int], target: tuple[int, int], seed: int
 ) -> None:
@@ -315,7 +315,7 @@ def test_masks_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @given(count=st.integers(2, 60), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**32), shuffle=st.randoms())
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_split_is_a_partition_that_the_order_does_not_change(
     count: int, fraction: float, seed: int, shuffle: Any
 ) -> None:

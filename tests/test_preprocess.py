@@ -58,7 +58,7 @@ def triangle_filter(length: int, target: int) -> NDArray[np.float64]:
 
 
 @given(source=sizes, target=sizes, seed=st.integers(0, 1000), extremes=st.booleans())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_pillow_resize_equals_pillow_bit_for_bit(
     source: tuple[int, int], target: tuple[int, int], seed: int, extremes: bool
 ) -> None:

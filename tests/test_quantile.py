@@ -161,8 +161,6 @@ def test_more_than_2_to_the_24_values_stream_exactly() -> None:
 def test_more_than_2_to_the_24_values_at_once() -> None:
     values = torch.zeros((1 << 24) + 3)
     values[5], values[-1] = -3.0, 8.0
-    with pytest.raises(RuntimeError):
-        torch.quantile(values, 0.5)
     assert quantile(values, (0.0, 0.5, 1.0)).tolist() == [-3.0, 0.0, 8.0]
 
 

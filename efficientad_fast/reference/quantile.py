@@ -1,7 +1,7 @@
 """Exact quantiles of any number of values, at once or from a stream that is read twice.
 
 The rank and the interpolation are computed in float64 and the result is rounded once to the values' dtype.
-``torch.quantile`` stops at 2^24 values and interpolates in their dtype.
+``torch.quantile`` interpolates in their dtype, and in some releases (2.13) refuses more than 2^24 values.
 """
 
 from __future__ import annotations
