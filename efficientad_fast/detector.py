@@ -32,6 +32,7 @@ from efficientad_fast.reference.preprocess import (
     check_network_size,
     preprocess,
 )
+from efficientad_fast.weights import describe_teacher
 
 FILE_FORMAT = "efficientad_fast detector 1"
 
@@ -162,7 +163,10 @@ class Detector:
             "threshold": round(self.threshold, 6),
             "map convention": self.map_convention,
         }
-        facts.update({key.replace("_", " "): value for key, value in self.provenance.items()})
+        for key, value in self.provenance.items():
+            # The settings are for repeating a training, and stay in the file.
+            if key != "settings":
+                facts[key.replace("_", " ")] = describe_teacher(value) if key == "teacher" else value
         return facts
 
     # Files

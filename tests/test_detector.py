@@ -402,3 +402,9 @@ def test_warmup_builds_the_plan_that_predict_uses() -> None:
     detector = small_detector()
     detector.warmup(runs=1)
     assert detector.plan() is detector.plan("cpu", torch.float32)
+
+
+def test_the_summary_describes_the_teacher_in_a_line_and_leaves_out_the_settings() -> None:
+    provenance = {"training_images": 7, "settings": {"steps": 1}, "teacher": {"made_by": "hand"}}
+    summary = small_detector(provenance=provenance).summary()
+    assert summary["teacher"] == "hand" and summary["training images"] == 7 and "settings" not in summary
