@@ -5,6 +5,7 @@ Run with ``pytest benchmarks --benchmark-only``; ``--benchmark-json FILE`` keeps
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Workload:
     device: str
     image: Tensor
     arguments: tuple[Any, ...]
+    rival: dict[torch.memory_format, tuple[Any, ...]]
     detector: Detector
     expected: tuple[Tensor, Tensor, Tensor]
 
@@ -53,8 +55,9 @@ class Workload:
         # cuDNN's default for float32 is TF32, which has the mantissa of float16.
         assert_close(actual, expected, tolerance("map", torch.float32 if self.device == "cpu" else torch.float16))
 
-    def eager(self) -> tuple[Tensor, ...]:
-        return self._finished(plain_predict(*self.arguments))
+    def eager(self, layout: torch.memory_format) -> tuple[Tensor, ...]:
+        """As the rival is usually run, or in the layout that our plan chooses: the fair comparison."""
+        return self._finished(plain_predict(*self.rival[layout]))
 
     def drop_in(self) -> tuple[Tensor, ...]:
         return self._finished(predict(*self.arguments))
@@ -89,7 +92,10 @@ def workload(size: str, device: str) -> Workload:
     quantiles = (QUANTILES.st_start, QUANTILES.st_end, QUANTILES.ae_start, QUANTILES.ae_end)
     placed = [network.to(device) for network in networks]
     arguments = (batch, *placed, mean.to(device), std.to(device), *quantiles)
-    return Workload(device, image, arguments, detector, plain_predict(*arguments))
+    turned = [copy.deepcopy(network).to(memory_format=torch.channels_last) for network in placed]
+    channels_last = (batch.contiguous(memory_format=torch.channels_last), *turned, *arguments[4:])
+    rival = {torch.contiguous_format: arguments, torch.channels_last: channels_last}
+    return Workload(device, image, arguments, rival, detector, plain_predict(*arguments))
 
 
 def measure(benchmark: Any, run: Callable[[], object], size: str, device: str) -> None:
@@ -102,11 +108,12 @@ def measure(benchmark: Any, run: Callable[[], object], size: str, device: str) -
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", ["s", "m"])
-def test_eager(benchmark: Any, size: str, device: str) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_eager(benchmark: Any, size: str, device: str, layout: torch.memory_format) -> None:
     load = workload(size, device)
-    for actual, expected in zip(load.eager(), load.expected, strict=True):
+    for actual, expected in zip(load.eager(layout), load.expected, strict=True):
         load.check(actual, expected)
-    measure(benchmark, load.eager, size, device)
+    measure(benchmark, functools.partial(load.eager, layout), size, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -460,6 +460,7 @@ def _decoding_ahead(
                 except ImageError as error:
                     message = str(error) if name in str(error) else f"{name}: {error}"
                     put(_Decoded(name, None, (0, 0), message))
+        # Whatever ends the source, Ctrl-C in it included, is raised in the caller's thread.
         except BaseException as error:
             end = error
         put(end)
