@@ -1,12 +1,12 @@
-"""The catalogue of operators: one module per operator, with its documentation, reference, fake kernel and autograd.
+"""The catalogue of operators: one module per operator, with its documentation, references, fakes and autograd.
 
 `load` makes them callable as ``torch.ops.efficientad_fast.<op>``. The device picks the kernel:
 
-- CPU: the CPU library where it was built, else the operator's reference;
-- CUDA: the CUDA library where it was built, else the operator's reference.
+- CPU: the CPU library where it was built and has a kernel, else the operator's reference;
+- CUDA: the first implementation of ``choices.json`` that works on that GPU and has a kernel; the reference always does.
 
-Every compiled implementation can also be called by itself, for tests and benchmarks:
-``torch.ops.efficientad_fast_cpu.<op>`` and ``torch.ops.efficientad_fast_cuda.<op>`` after `load_implementation`.
+Every implementation but the reference can also be called by itself, for tests and benchmarks:
+``torch.ops.efficientad_fast_<cpu|cuda|triton>.<op>`` after `load_implementation`.
 
 Schemas stand once, in ``schemas.inc``: the CPU library includes it, and Python reads it where there is none.
 """
@@ -15,17 +15,22 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
+from torch import Tensor
 
 from efficientad_fast import native
+from efficientad_fast.ops.overload import Overload
 
 NAMESPACE = "efficientad_fast"
+
+Implementation = Literal["cpu", "cuda", "triton"]
 
 # Registrations last as long as the object that made them.
 _registrations: list[torch.library.Library] = []
@@ -33,15 +38,38 @@ _registrations: list[torch.library.Library] = []
 
 @functools.cache
 def schemas() -> tuple[str, ...]:
-    """Every operator's schema, such as ``identity(Tensor x) -> Tensor``, in the order of ``schemas.inc``."""
+    """Every overload's schema, such as ``identity(Tensor x) -> Tensor``, in the order of ``schemas.inc``."""
     text = Path(__file__).with_name("schemas.inc").read_text(encoding="utf-8")
     entries = re.findall(r'^EFFICIENTAD_FAST_SCHEMA\(\s*((?:"[^"]*"\s*)+)\)', text, re.MULTILINE)
     return tuple("".join(re.findall(r'"([^"]*)"', entry)) for entry in entries)
 
 
+def qualified_names() -> tuple[str, ...]:
+    """Every overload's name as a schema has it, such as ``anomaly_map`` and ``anomaly_map.out``."""
+    return tuple(schema.partition("(")[0] for schema in schemas())
+
+
 def names() -> tuple[str, ...]:
     """Every operator's name."""
-    return tuple(schema.partition("(")[0] for schema in schemas())
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in qualified_names()))
+
+
+def overload(qualified_name: str) -> Overload:
+    """What the catalogue holds of ``<op>`` or ``<op>.<overload>``."""
+    name, _, kind = qualified_name.partition(".")
+    overloads: dict[str, Overload] = importlib.import_module(f"efficientad_fast.ops.{name}").overloads
+    return overloads[kind or "default"]
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """Those that this installation has, whether or not there is a GPU to run them."""
+    return tuple(name for name in get_args(Implementation) if _is_installed(name))
+
+
+def has_kernel(implementation: Implementation, name: str, device: str) -> bool:
+    """Whether ``torch.ops.efficientad_fast_<implementation>.<name>`` runs on that type of device."""
+    load_implementation(implementation)
+    return _is_registered(f"{NAMESPACE}_{implementation}::{name}", device)
 
 
 @functools.cache
@@ -55,46 +83,95 @@ def load() -> None:
         load_implementation("cpu")
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
     else:
-        library = torch.library.Library(NAMESPACE, "DEF")
-        for schema in schemas():
-            library.define(schema)
-            name = schema.partition("(")[0]
-            library.impl(name, _module(name).reference, "CPU")
+        library = _define(NAMESPACE)
     _registrations.append(library)
-    for name in names():
-        library.impl(name, _route_cuda(name), "CUDA")
+    for name in qualified_names():
+        if not _is_registered(f"{NAMESPACE}::{name}", "CPU"):
+            library.impl(name, overload(name).reference, "CPU")
+        library.impl(name, functools.partial(_route_cuda, name), "CUDA")
         _describe(NAMESPACE, name)
 
 
 @functools.cache
-def load_implementation(name: native.Library) -> None:
-    """Loads one library and registers fake kernels for ``torch.ops.efficientad_fast_<name>``.
+def load_implementation(implementation: Implementation) -> None:
+    """Makes ``torch.ops.efficientad_fast_<implementation>`` callable, with fakes.
 
     Raises:
-        BackendError: the library was not built or does not load; see `native.load`.
+        BackendError: a library was not built or does not load; see `native.load`.
     """
-    native.load(name)
-    for operator in names():
-        _describe(f"{NAMESPACE}_{name}", operator)
+    namespace = f"{NAMESPACE}_{implementation}"
+    if implementation == "triton":
+        library = _define(namespace)
+        _registrations.append(library)
+        for name in names():
+            if _has_triton_module(name):
+                module = importlib.import_module(f"efficientad_fast.triton_kernels.{name}")
+                for kind, launch in module.overloads.items():
+                    # On CPU tensors it runs in Triton's interpreter, which the tests turn on.
+                    for device in ("CUDA", "CPU"):
+                        library.impl(name if kind == "default" else f"{name}.{kind}", launch, device)
+    else:
+        native.load(implementation)
+    for name in qualified_names():
+        _describe(namespace, name)
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"efficientad_fast.ops.{name}")
+@functools.cache
+def choices() -> dict[str, dict[str, list[str]]]:
+    """The table of choices for CUDA: operator to compute capability (or ``default``) to implementations, best first."""
+    text = Path(__file__).with_name("choices.json").read_text(encoding="utf-8")
+    return cast(dict[str, dict[str, list[str]]], json.loads(text)["cuda"])
+
+
+@functools.cache
+def choose(qualified_name: str, device_index: int) -> Callable[..., Any]:
+    """The first of :func:`choices` for this GPU that is installed and has a kernel."""
+    by_capability = choices()[qualified_name.partition(".")[0]]
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device_index)))
+    for implementation in by_capability.get(capability, by_capability["default"]):
+        if implementation == "reference":
+            break
+        known = cast(Implementation, implementation)
+        if _is_installed(known) and has_kernel(known, qualified_name, "CUDA"):
+            return resolve(f"{NAMESPACE}_{known}", qualified_name)
+    return overload(qualified_name).reference
+
+
+def resolve(namespace: str, qualified_name: str) -> Callable[..., Any]:
+    """``torch.ops.<namespace>.<op>.<overload>``."""
+    name, _, kind = qualified_name.partition(".")
+    return cast(Callable[..., Any], getattr(getattr(getattr(torch.ops, namespace), name), kind or "default"))
+
+
+def _route_cuda(qualified_name: str, *args: Any, **kwargs: Any) -> Any:
+    device = next(one.device for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+    return choose(qualified_name, device.index)(*args, **kwargs)
+
+
+def _is_installed(implementation: Implementation) -> bool:
+    if implementation == "triton":
+        return importlib.util.find_spec("triton") is not None and any(map(_has_triton_module, names()))
+    return native.is_built(implementation)
+
+
+def _has_triton_module(name: str) -> bool:
+    return importlib.util.find_spec(f"efficientad_fast.triton_kernels.{name}") is not None
+
+
+def _is_registered(qualified_name: str, device: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified_name, device))
+
+
+def _define(namespace: str) -> torch.library.Library:
+    library = torch.library.Library(namespace, "DEF")
+    for schema in schemas():
+        library.define(schema)
+    return library
 
 
 def _describe(namespace: str, name: str) -> None:
-    module = _module(name)
+    known = overload(name)
     qualified = f"{namespace}::{name}"
-    torch.library.register_fake(qualified, module.fake)
-    if hasattr(module, "backward"):
-        torch.library.register_autograd(qualified, module.backward, setup_context=module.setup_context)
-
-
-def _route_cuda(name: str) -> Callable[..., Any]:
-    def route(*args: Any) -> Any:
-        if not native.is_built("cuda"):
-            return _module(name).reference(*args)
-        load_implementation("cuda")
-        return getattr(torch.ops.efficientad_fast_cuda, name)(*args)
-
-    return route
+    torch.library.register_fake(qualified, known.fake)
+    if known.backward is not None:
+        torch.library.register_autograd(qualified, known.backward, setup_context=known.setup_context)

@@ -53,9 +53,9 @@ def normalise_map(raw: Tensor, start: float | Tensor, end: float | Tensor) -> Te
     return 0.1 * (raw - start) / (end - start)
 
 
-def pad_map(raw: Tensor) -> Tensor:
-    """Four zeros on each side, in place of the features that a network without padding has no patch for."""
-    return F.pad(raw, (FEATURE_BORDER,) * 4)
+def pad_map(raw: Tensor, border: int = FEATURE_BORDER) -> Tensor:
+    """Zeros on each side, in place of the features that a network without padding has no patch for."""
+    return F.pad(raw, (border,) * 4)
 
 
 def resize_map(raw: Tensor, size: Sequence[int]) -> Tensor:
