@@ -5,6 +5,8 @@
 
 #include "checks.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -65,6 +67,16 @@ inline void check_output(const Tensor& image, const Tensor& out) {
   EFFICIENTAD_FAST_REQUIRE(out.is_contiguous() || is_channels_last(out), kName, "out", "contiguous or channels-last",
                            "strides " + text(out.strides()));
   require_device_of(kName, "image", image, "out", out);
+}
+
+// (N, 3, *size) in the layout that was asked for.
+inline Tensor empty_output(const Tensor& image, const std::vector<int64_t>& size, bool channels_last,
+                           ScalarType dtype) {
+  if (!channels_last) {
+    return torch::stable::new_empty(image, {image.size(0), 3, size[0], size[1]}, dtype);
+  }
+  const Tensor dense = torch::stable::new_empty(image, {image.size(0), size[0], size[1], 3}, dtype);
+  return torch::stable::transpose(torch::stable::transpose(dense, 1, 3), 2, 3);
 }
 
 }  // namespace efficientad_fast::preprocess
