@@ -174,7 +174,8 @@ class build_ext(torch.utils.cpp_extension.BuildExtension if torch else _build_ex
         if backend.version_tuple(torch.__version__) < backend.MINIMUM_TORCH:
             wanted = ".".join(map(str, backend.MINIMUM_TORCH))
             raise CannotBuild(f"PyTorch {torch.__version__} is too old; it takes the headers of {wanted} or later")
-        extension.include_dirs += [*torch.utils.cpp_extension.include_paths(), str(ROOT / "csrc"), str(ROOT / PACKAGE / "ops")]
+        extension.include_dirs += torch.utils.cpp_extension.include_paths()
+        extension.include_dirs += [str(ROOT / "csrc"), str(ROOT / PACKAGE / "ops")]
         extension.library_dirs += torch.utils.cpp_extension.library_paths()
         extension.libraries += ["torch_cpu", "c10"]
         extension.extra_compile_args = {"cxx": list(CXX_FLAGS)}

@@ -5,16 +5,21 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#define EFFICIENTAD_FAST_REQUIRE(condition, operator_name, argument, expected, got) \
-  STD_TORCH_CHECK(condition, operator_name, ": ", argument, " must be ", expected, ", got ", got, ".")
+// A macro, so that the sentence is made only where it is needed.
+#define EFFICIENTAD_FAST_REQUIRE(condition, operator_name, argument, expected, got)                               \
+  if (!(condition)) {                                                                                             \
+    std::ostringstream sentence;                                                                                  \
+    sentence << (operator_name) << ": " << (argument) << " must be " << (expected) << ", got " << (got) << "."; \
+    throw std::runtime_error(sentence.str());                                                                     \
+  }
 
 namespace efficientad_fast {
 
