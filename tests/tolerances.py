@@ -31,6 +31,8 @@ EXACT = Tolerance(0.0, 0.0, 0.0, "both sides do the same arithmetic, or none rou
 
 _SUMS = "sums of up to 8192 products, each layer's in another order, up to 14 layers deep"
 _ROUNDED = "activations are rounded to eps once a layer"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FOLDED = "offset and scale are folded into one multiplication and addition, which cancel in part"
 _SQUARES = "a mean of squares: the relative error of the features doubles, then averages out"
 
 TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
@@ -45,6 +47,15 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("map", torch.bfloat16): Tolerance(2e-1, 1e-2, 6e-2, f"features in bfloat16; {_SQUARES}"),
     ("resize", torch.float64): Tolerance(1e-13, 1e-14, 1e-14, "four products a pixel"),
     ("resize", torch.float32): Tolerance(1e-5, 1e-5, 2e-6, "positions are computed in float32: eps times the side"),
+    # Operators, by the dtype of the result; the other side is float64.
+    **{("identity", dtype): EXACT for dtype in (*_FLOATS, torch.uint8, torch.int64, torch.bool)},
+    ("anomaly_map", torch.float64): Tolerance(1e-12, 1e-12, 1e-13, _FOLDED),
+    ("anomaly_map", torch.float32): Tolerance(1e-5, 5e-6, 2e-6, f"{_FOLDED}; positions are computed in float32"),
+    ("anomaly_map", torch.float16): Tolerance(1e-3, 1e-4, 5e-4, "float32 arithmetic, rounded once to eps"),
+    ("anomaly_map", torch.bfloat16): Tolerance(8e-3, 1e-4, 4e-3, "float32 arithmetic, rounded once to eps"),
+    ("preprocess", torch.float32): Tolerance(1e-5, 1e-5, 2e-6, _FOLDED),
+    ("preprocess", torch.float16): Tolerance(1e-3, 1e-4, 5e-4, "float32 arithmetic, rounded once to eps"),
+    ("preprocess", torch.bfloat16): Tolerance(8e-3, 1e-4, 4e-3, "float32 arithmetic, rounded once to eps"),
     ("loss", torch.float64): Tolerance(1e-12, 0.0, 1e-12, "one mean in another order"),
     ("loss", torch.float32): Tolerance(2e-6, 0.0, 2e-6, "one mean in another order, rounded to eps"),
     ("embedding", torch.float64): Tolerance(1e-11, 1e-13, 1e-12, "three averages, one after the other"),

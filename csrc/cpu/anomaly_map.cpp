@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> anomaly_map_drop_in(const Tensor& map_st, con
                                                        std::optional<Tensor> st_quantiles,
                                                        std::optional<Tensor> ae_quantiles) {
   anomaly_map::check_drop_in(map_st, map_ae, st_quantiles, ae_quantiles, /*cuda=*/false);
-  const bool exact = anomaly_map::result_dtype(map_st, map_ae) == ScalarType::Double;
+  const bool exact = map_st.scalar_type() == ScalarType::Double || map_ae.scalar_type() == ScalarType::Double;
   return (exact ? drop_in<double> : drop_in<float>)(map_st, map_ae, st_quantiles, ae_quantiles);
 }
 

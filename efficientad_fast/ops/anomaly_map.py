@@ -27,7 +27,8 @@ of the dtype above. Allocates nothing on a device.
 
 At feature resolution and without a score, as the function `efficientad_fast.predict` returns them. Quantiles are
 tensors ``(2,)`` on the device of the maps, (start, end), of any floating dtype, so that a GPU is not waited for; equal
-ones divide by zero. Each map keeps its dtype, map_combined has that which both promote to.
+ones divide by zero. Each map keeps its dtype, map_combined has that which both promote to; the arithmetic is in
+float64 where either map is, else in float32.
 
 Errors, in one sentence with argument, expected, got: `InputError` of the reference, RuntimeError of compiled kernels.
 """
@@ -178,10 +179,11 @@ def reference_drop_in(
     check_drop_in(map_st, map_ae, st_quantiles, ae_quantiles)
 
     def normalised(raw: Tensor, quantiles: Tensor | None) -> Tensor:
-        exact = raw.to(dtype)
-        return exact if quantiles is None else maps.normalise_map(exact, *quantiles.to(dtype).unbind())
+        placed = raw.to(dtype)
+        return placed if quantiles is None else maps.normalise_map(placed, *quantiles.to(dtype).unbind())
 
-    dtype = result_dtype(map_st, map_ae)
+    exact = torch.float64 in (map_st.dtype, map_ae.dtype)
+    dtype = torch.float64 if exact else torch.float32
     st, ae = normalised(map_st, st_quantiles), normalised(map_ae, ae_quantiles)
     combined = (0.5 * st + 0.5 * ae).to(torch.promote_types(map_st.dtype, map_ae.dtype))
     results = (combined, st.to(map_st.dtype), ae.to(map_ae.dtype))

@@ -1,0 +1,209 @@
+"""Every operator of the catalogue, in every implementation that this machine can run, over the calls of its cases.
+
+Triton's kernels run on CPU tensors where TRITON_INTERPRET=1 was set before Python started (test_triton.py does that).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_close
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operator_cases import Case, Refusal, cases, cases_module, refusals, written_arguments
+from tolerances import EXACT
+
+from efficientad_fast import native, ops
+from efficientad_fast.errors import InputError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One way to an operator's kernel.
+
+    Attributes:
+        implementation: of `ops.Implementation`; ``public`` is what users call, ``reference`` the plain PyTorch.
+    """
+
+    implementation: str
+    device: str
+
+    @property
+    def namespace(self) -> str:
+        return ops.NAMESPACE + ("" if self.implementation == "public" else f"_{self.implementation}")
+
+    def find(self, overload: str) -> Callable[..., Any]:
+        """What to call, or a skip that says why it cannot be."""
+        ops.load()
+        if self.implementation == "reference":
+            return ops.overload(overload).reference
+        if self.implementation != "public":
+            known: ops.Implementation = self.implementation  # type: ignore[assignment]
+            if known not in ops.implementations():
+                reason = "Triton is not installed" if known == "triton" else native.why_not_built(known)
+                pytest.skip(f"no implementation {known}: {reason}")
+            if not ops.has_kernel(known, overload, self.device.upper()):
+                pytest.skip(f"{known} has no kernel of {overload}")
+        return ops.resolve(self.namespace, overload)
+
+
+def runners() -> list[Any]:
+    found = [] if INTERPRETED else [Runner("public", "cpu"), Runner("cpu", "cpu"), Runner("reference", "cpu")]
+    if INTERPRETED:
+        found.append(Runner("triton", "cpu"))
+    # One of them says why there is no GPU as well as four.
+    kinds = ("public", "cuda", "triton", "reference") if torch.cuda.is_available() else ("public",)
+    on_gpu = [Runner(implementation, "cuda") for implementation in kinds]
+    return [
+        *(pytest.param(one, id=f"{one.device}-{one.implementation}") for one in found),
+        *(pytest.param(one, id=f"gpu-{one.implementation}", marks=pytest.mark.gpu) for one in on_gpu),
+    ]
+
+
+def over(items: Callable[[str], list[Any]]) -> Any:
+    found = [(operator, item) for operator in ops.names() for item in items(operator)]
+    return [pytest.param(item, id=f"{operator}-{item.overload}-{item.name}") for operator, item in found]
+
+
+every_runner = pytest.mark.parametrize("runner", runners())
+every_case = pytest.mark.parametrize("case", over(cases))
+every_operator = pytest.mark.parametrize("operator", ops.names())
+
+
+@every_runner
+@every_case
+def test_results(runner: Runner, case: Case) -> None:
+    results = case.run(runner.find(case.overload), runner.device)
+    case.check(results)
+    assert all(result.device.type == runner.device for result in results)
+
+
+@every_runner
+@every_operator
+@settings(max_examples=15 if INTERPRETED else 60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_drawn_shapes(runner: Runner, operator: str, data: st.DataObject) -> None:
+    case = data.draw(cases_module(operator).strategy())
+    case.check(case.run(runner.find(case.overload), runner.device))
+
+
+@every_runner
+@every_case
+def test_results_own_their_memory(runner: Runner, case: Case) -> None:
+    """Nothing that is returned changes when an argument is changed afterwards, nor the other way round."""
+    function = runner.find(case.overload)
+    args, kwargs = case.arguments(runner.device)
+    returned = function(*args, **kwargs)
+    given_to = {one.untyped_storage().data_ptr() for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)}
+    for result in returned if isinstance(returned, tuple) else (returned,):
+        if result is not None and result.numel() > 0:
+            assert result.untyped_storage().data_ptr() not in given_to
+
+
+@every_runner
+@every_case
+def test_inputs_are_left_alone(runner: Runner, case: Case) -> None:
+    function = runner.find(case.overload)
+    args, kwargs = case.arguments(runner.device)
+    function(*args, **kwargs)
+    before = case.arguments(runner.device)
+    written = written_arguments(case.overload)
+    named = [(f"argument {index}", one) for index, one in enumerate(args)]
+    named += [(name, one) for name, one in kwargs.items() if name not in written]
+    earlier = [*before[0], *(one for name, one in before[1].items() if name not in written)]
+    for (name, after), first in zip(named, earlier, strict=True):
+        if isinstance(after, torch.Tensor):
+            assert_close(after, first, EXACT, name)
+
+
+@every_runner
+@pytest.mark.parametrize("refusal", over(refusals))
+def test_refusals(runner: Runner, refusal: Refusal) -> None:
+    function = runner.find(refusal.overload)
+    args, kwargs = Case(refusal.name, refusal.overload, refusal.make).arguments(runner.device)
+    with pytest.raises((InputError, RuntimeError), match=refusal.message) as caught:
+        function(*args, **kwargs)
+    # A sentence, with nothing of where in C++ it was thrown.
+    assert str(caught.value).strip().endswith(".")
+    assert "\n" not in str(caught.value).strip()
+
+
+@every_runner
+@every_case
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_opcheck(runner: Runner, case: Case) -> None:
+    if runner.implementation == "reference":
+        pytest.skip("the reference by itself is no torch operator")
+    if not all(bool(torch.isfinite(one.double()).all()) for one in case.expected()):
+        pytest.skip("opcheck takes NaN for a difference; test_results looks at these")
+    function = runner.find(case.overload)
+    args, kwargs = case.arguments(runner.device)
+    torch.library.opcheck(function, args, kwargs)
+
+
+@every_operator
+def test_compiles_and_exports(operator: str) -> None:
+    if INTERPRETED:
+        pytest.skip("torch.compile is tried outside the interpreter")
+    ops.load()
+    for kind in {case.overload: case for case in cases(operator)}.values():
+        function = ops.resolve(ops.NAMESPACE, kind.overload)
+        args, kwargs = kind.arguments()
+        compiled = torch.compile(lambda *a, f=function, **k: f(*a, **k), backend="aot_eager", fullgraph=True)
+        for actual, expected in zip(kind.run(compiled), kind.run(function), strict=True):
+            assert_close(actual, expected, EXACT, f"{kind!r} compiled")
+
+        exported = torch.export.export(Call(function, args, kwargs), tensors_of(args, kwargs)).module()
+        for actual, expected in zip(
+            kind.run(lambda *a, f=exported, **k: f(*tensors_of(a, k))), kind.run(function), strict=True
+        ):
+            assert_close(actual, expected, EXACT, f"{kind!r} exported")
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    return tuple(one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor))
+
+
+class Call(torch.nn.Module):
+    """An operator with its tensors as inputs, and everything else fixed: what is exported takes no dtypes."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.arguments = (args, kwargs)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        args, kwargs = self.arguments
+        given = iter(tensors)
+        placed = [next(given) if isinstance(one, torch.Tensor) else one for one in args]
+        named = {name: next(given) if isinstance(one, torch.Tensor) else one for name, one in kwargs.items()}
+        return self.function(*placed, **named)
+
+
+@pytest.mark.gpu
+@every_case
+def test_works_in_a_cuda_graph(case: Case) -> None:
+    """Overloads that write into given outputs: captured once, replayed with other numbers."""
+    if not written_arguments(case.overload):
+        pytest.skip("an overload that allocates its results")
+    ops.load()
+    function = ops.resolve(ops.NAMESPACE, case.overload)
+    args, kwargs = case.arguments("cuda")
+    function(*args, **kwargs)  # whatever compiles at first use
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function(*args, **kwargs)
+    outputs = tuple(kwargs[name] for name in written_arguments(case.overload))
+    for output in outputs:
+        output.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    case.check(outputs)
