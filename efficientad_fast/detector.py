@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from efficientad_fast import ops
 from efficientad_fast.data.decode import decode_image
 from efficientad_fast.data.folders import list_images
 from efficientad_fast.errors import DetectorFileError, ImageError, InputError
@@ -29,8 +30,8 @@ from efficientad_fast.reference.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Resize,
+    check_image,
     check_network_size,
-    preprocess,
 )
 from efficientad_fast.weights import describe_teacher
 
@@ -60,7 +61,13 @@ class Preprocessing:
 
     def __call__(self, image: Tensor) -> Tensor:
         """``(3, H, W)`` uint8 or float in [0, 1] to ``(3, *size)`` float32, normalised."""
-        return preprocess(image, self.size, resize=self.resize, mean=self.mean, std=self.std)
+        check_image(image)
+        ops.load()
+        known = image if image.dtype == torch.uint8 else image.float()
+        batch: Tensor = torch.ops.efficientad_fast.preprocess(
+            known.movedim(0, -1).unsqueeze(0), self.size, resize=self.resize, mean=self.mean, std=self.std
+        )
+        return batch[0]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as global_hooks
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from efficientad_fast import ops
 from efficientad_fast.errors import InputError
 from efficientad_fast.plan import DTYPES, Plan, PlanInput, build_plan
 from efficientad_fast.reference import maps
@@ -109,11 +110,7 @@ def predict(
                     NotPackedWarning,
                     stacklevel=2,
                 )
-        if q_st_start is not None and q_st_end is not None:
-            map_st = maps.normalise_map(map_st, q_st_start, q_st_end)
-        if q_ae_start is not None and q_ae_end is not None:
-            map_ae = maps.normalise_map(map_ae, q_ae_start, q_ae_end)
-        return 0.5 * map_st + 0.5 * map_ae, map_st, map_ae
+        return _finish(map_st, map_ae, (q_st_start, q_st_end), (q_ae_start, q_ae_end))
 
 
 def forget() -> None:
@@ -183,6 +180,40 @@ def _own_forward(image: Tensor, networks: _Networks, mean: Tensor, std: Tensor) 
     _check_channels(teacher.shape[1], student.shape[1], autoencoder.shape[1])
     _check_statistics(mean, std, teacher.shape[1], teacher.device)
     return maps.raw_maps(teacher, student, autoencoder, mean, std)
+
+
+_Pair = tuple[float | Tensor | None, float | Tensor | None]
+
+
+def _finish(map_st: Tensor, map_ae: Tensor, st_quantiles: _Pair, ae_quantiles: _Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised where quantiles are given, and combined: by the operator, or by what it does in one pass."""
+    pairs = (st_quantiles, ae_quantiles)
+    # Half precision and quantiles with dimensions round and promote step by step in the plain expressions.
+    exact = map_st.dtype == map_ae.dtype and map_st.dtype in (torch.float32, torch.float64)
+    if exact and all(isinstance(one, int | float) or one is None or one.ndim == 0 for pair in pairs for one in pair):
+        ops.load()
+        placed = [_placed_pair(start, end, map_st.device) for start, end in pairs]
+        results: tuple[Tensor, Tensor, Tensor] = torch.ops.efficientad_fast.anomaly_map.drop_in(map_st, map_ae, *placed)
+        return results
+    (st_start, st_end), (ae_start, ae_end) = pairs
+    if st_start is not None and st_end is not None:
+        map_st = maps.normalise_map(map_st, st_start, st_end)
+    if ae_start is not None and ae_end is not None:
+        map_ae = maps.normalise_map(map_ae, ae_start, ae_end)
+    return 0.5 * map_st + 0.5 * map_ae, map_st, map_ae
+
+
+def _placed_pair(start: float | Tensor | None, end: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """``(2,)`` float64 on the device. A GPU is not waited for: numbers are filled in, not copied."""
+    if start is None or end is None:
+        return None
+    pair = torch.empty(2, dtype=torch.float64, device=device)
+    for place, value in zip(pair.unbind(), (start, end), strict=True):
+        if isinstance(value, Tensor):
+            place.copy_(value)
+        else:
+            place.fill_(value)
+    return pair
 
 
 # Recognising

@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from efficientad_fast import ops
 from efficientad_fast.errors import BackendError, InputError
 from efficientad_fast.reference import maps
 from efficientad_fast.reference.maps import MapConvention, Quantiles
+from efficientad_fast.reference.networks import FEATURE_BORDER
 
 Backend = Literal["auto", "reference"]
 
@@ -75,14 +77,43 @@ class Plan(ABC):
             statistics: the teacher's mean and std, ``(1, C, 1, 1)``, for this call in place of the plan's.
         """
 
-    def combined_map(self, batch: Tensor) -> Tensor:
-        """The anomaly map as far as it does not depend on the original image's size.
+    def anomaly_map(
+        self, map_st: Tensor, map_ae: Tensor, quantiles: Quantiles | None, size: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Anomaly maps ``(N, 1, *size)`` and scores ``(N,)`` of raw maps, by the operator of that name.
 
-        ``resized``: final, ``(N, 1, *size)``. ``native``: at feature resolution, padded where ``pad_maps``.
+        Args:
+            map_st, map_ae: as :meth:`raw_maps` returns them.
+            quantiles: in place of the plan's; calibration has them before a plan does.
+            size: height and width of the map. The scores are the images' only where the convention takes them there.
         """
-        return maps.combined_map(
-            *self.raw_maps(batch), self.quantiles, self.size, convention=self.map_convention, pad_maps=self.pad_maps
+        ops.load()
+        result: tuple[Tensor, Tensor] = torch.ops.efficientad_fast.anomaly_map(
+            map_st,
+            map_ae,
+            list(size),
+            None if quantiles is None else list(astuple(quantiles)),
+            border=FEATURE_BORDER if self.pad_maps else 0,
+            convention=self.map_convention,
         )
+        return result
+
+    def scored_maps(
+        self, map_st: Tensor, map_ae: Tensor, quantiles: Quantiles | None, original_sizes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Scores ``(N,)``, and the maps ``(1, 1, H, W)`` they are the maxima of: SPEC "Maps and score".
+
+        Args:
+            original_sizes: of the images before preprocessing, which the ``native`` convention goes back to.
+        """
+        if self.map_convention == "resized":
+            anomaly_map, scores = self.anomaly_map(map_st, map_ae, quantiles, self.size)
+            return scores, list(anomaly_map.split(1))
+        scored = [
+            self.anomaly_map(st, ae, quantiles, size)
+            for st, ae, size in zip(map_st.split(1), map_ae.split(1), original_sizes, strict=True)
+        ]
+        return torch.cat([score for _, score in scored]), [anomaly_map for anomaly_map, _ in scored]
 
     @torch.inference_mode()
     def run(
@@ -98,21 +129,22 @@ class Plan(ABC):
         Returns:
             Scores ``(N,)`` and N maps ``(H, W)`` on the CPU, dtype as :meth:`raw_maps`. The score is taken where
             the map convention says, whatever size the map is returned at.
+
+        Raises:
+            InputError: not one original size per image.
         """
-        combined = self.combined_map(batch).cpu()
+        if len(original_sizes) != len(batch):
+            raise InputError(f"original_sizes must hold one size per image, {len(batch)}, got {len(original_sizes)}.")
+        map_st, map_ae = self.raw_maps(batch)
+        scores, scored = self.scored_maps(map_st, map_ae, self.quantiles, original_sizes)
         if self.map_convention == "resized":
-            scores = maps.image_score(combined)
-            sized = [
-                maps.resize_map(one, size) if original_maps else one
-                for one, size in zip(combined.split(1), original_sizes, strict=True)
-            ]
-            return scores, [one[0, 0] for one in sized]
-        scores, sized = combined.new_empty(len(combined)), []
-        for index, (one, size) in enumerate(zip(combined.split(1), original_sizes, strict=True)):
-            at_original = maps.resize_map(one, size)
-            scores[index] = maps.image_score(at_original)[0]
-            sized.append((at_original if original_maps else maps.resize_map(one, self.size))[0, 0])
-        return scores, sized
+            wanted = original_sizes if original_maps else [self.size] * len(scored)
+            sized = [maps.resize_map(one, size) for one, size in zip(scored, wanted, strict=True)]
+        elif original_maps:
+            sized = scored
+        else:
+            sized = list(self.anomaly_map(map_st, map_ae, self.quantiles, self.size)[0].split(1))
+        return scores.cpu(), [one[0, 0].cpu() for one in sized]
 
 
 class ReferencePlan(Plan):

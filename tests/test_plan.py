@@ -215,7 +215,7 @@ def test_a_nan_in_one_image_makes_its_score_nan_and_leaves_the_others() -> None:
 def test_a_number_of_original_sizes_other_than_of_images_is_refused() -> None:
     for convention in ("resized", "native"):
         plan = ReferencePlan(source(map_convention=convention), CPU, torch.float32)
-        with pytest.raises(ValueError, match="zip"):
+        with pytest.raises(InputError, match="one size per image, 3, got 2"):
             plan.run(images(), ORIGINAL_SIZES[:2])
 
 

@@ -156,10 +156,10 @@ std::tuple<Tensor, Tensor, Tensor> drop_in(const Tensor& map_st, const Tensor& m
   for (int which = 0; which < 2; ++which) {
     if (quantiles[which]) {
       const Tensor dense = torch::stable::contiguous(*quantiles[which]);
-      T pair[2];
+      double pair[2];
       load_as(dense.const_data_ptr(), dense.scalar_type(), 0, 2, pair);
-      start[which] = pair[0];
-      divisor[which] = pair[1] - pair[0];
+      start[which] = static_cast<T>(pair[0]);
+      divisor[which] = static_cast<T>(pair[1] - pair[0]);
     }
   }
   parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {

@@ -180,7 +180,10 @@ def reference_drop_in(
 
     def normalised(raw: Tensor, quantiles: Tensor | None) -> Tensor:
         placed = raw.to(dtype)
-        return placed if quantiles is None else maps.normalise_map(placed, *quantiles.to(dtype).unbind())
+        if quantiles is None:
+            return placed
+        start, end = quantiles.double().unbind()
+        return 0.1 * (placed - start.to(dtype)) / (end - start).to(dtype)
 
     exact = torch.float64 in (map_st.dtype, map_ae.dtype)
     dtype = torch.float64 if exact else torch.float32

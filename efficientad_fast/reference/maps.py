@@ -99,21 +99,6 @@ def combine_native(map_st: Tensor, map_ae: Tensor, quantiles: Quantiles | None, 
     return pad_map(combined) if pad_maps else combined
 
 
-def combined_map(
-    map_st: Tensor,
-    map_ae: Tensor,
-    quantiles: Quantiles | None,
-    size: Sequence[int],
-    *,
-    convention: MapConvention,
-    pad_maps: bool,
-) -> Tensor:
-    """:func:`combine_resized` or :func:`combine_native`, as the convention says."""
-    if convention == "resized":
-        return combine_resized(map_st, map_ae, quantiles, size, pad_maps=pad_maps)
-    return combine_native(map_st, map_ae, quantiles, pad_maps=pad_maps)
-
-
 def image_score(anomaly_map: Tensor) -> Tensor:
     """Maximum over the pixels: ``(N, 1, H, W)`` to ``(N,)``. A NaN anywhere in a map makes its score NaN."""
     return torch.amax(anomaly_map, dim=(1, 2, 3))

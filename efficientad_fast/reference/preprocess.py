@@ -53,7 +53,8 @@ def check_network_size(size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _check_image(image: Tensor) -> None:
+def check_image(image: Tensor) -> None:
+    """Refuses, with an :class:`InputError`, what is not ``(3, H, W)`` of uint8 or a floating-point dtype."""
     if not isinstance(image, Tensor):
         raise InputError(f"image is a {type(image).__name__}; expected a torch.Tensor, which decode_image returns")
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
@@ -131,7 +132,7 @@ def resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
     Raises:
         InputError: ``image`` has another shape or dtype, or ``size`` is not a pair of positive integers.
     """
-    _check_image(image)
+    check_image(image)
     height, width = _checked_size(size)
     columns = _to_uint8(image).transpose(1, 2)
     rows = _resize_rows(columns, width).transpose(1, 2)
@@ -152,7 +153,7 @@ def resize_antialias(image: Tensor, size: tuple[int, int], dtype: torch.dtype = 
     Raises:
         InputError: ``image`` has another shape or dtype, or ``size`` is not a pair of positive integers.
     """
-    _check_image(image)
+    check_image(image)
     height, width = _checked_size(size)
     unit = _to_unit_range(image, dtype).unsqueeze(0)
     if width == 1:

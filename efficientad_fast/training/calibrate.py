@@ -83,9 +83,8 @@ def calibrate(
         quantiles = Quantiles(st[0], st[1], ae[0], ae[1])
         scores = []
         for index, original_size in enumerate(original_sizes):
-            combined = maps.combined_map(*raw_maps(index), quantiles, size, convention=convention, pad_maps=pad_maps)
-            scored = maps.resize_map(combined, original_size) if convention == "native" else combined
-            scores.append(maps.image_score(scored).item())
+            # As predicting does it, bit for bit: an image must not be above the threshold that it set.
+            scores.append(plan.scored_maps(*raw_maps(index), quantiles, [original_size])[0].item())
     return quantiles, scores
 
 
