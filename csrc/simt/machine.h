@@ -1,0 +1,214 @@
+// The emulator's insides: what is known of every byte, every thread, every warp and every block.
+// README.md says what the rules are; memory.cpp judges accesses, machine.cpp runs threads.
+
+#pragma once
+
+#include "emulator.h"
+#include "fiber.h"
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace efficientad_fast::simt {
+
+constexpr unsigned kWarp = 32;
+
+// Who touched a byte last. Blocks have numbers that no other block of any launch has; 0 is nobody. An epoch is how many
+// barriers the block has passed, a clock how many times the warp was ordered: see `Thread`.
+struct Cell {
+  static constexpr std::uint8_t kSeveralWarps = 254, kSeveralBlocks = 255;
+  static constexpr std::uint32_t kSeveralThreads = ~0u;
+
+  std::uint32_t write_block, write_epoch, write_clock;
+  std::uint16_t write_thread;
+  bool write_atomic;
+  std::uint8_t read_warp;  // or one of the constants
+  // Of several readers the latest epoch and clock. `read_lanes` has a bit for every lane that read; of several blocks it is
+  // the thread, if it was the same one in all.
+  std::uint32_t read_block, read_epoch, read_clock, read_lanes;
+};
+static_assert(sizeof(Cell) == 32);
+
+// Four bytes that were always touched together have one cell, the first; `split` says which words have four.
+struct Shadow {
+  Cell* cells;
+  std::uint8_t* split;
+  std::uint8_t* written;  // of global memory; shared memory is written if this block has written it
+  void* mapping;
+  std::size_t mapping_bytes;
+
+  static Shadow* make(std::size_t bytes, bool global);
+  static void destroy(Shadow* shadow);
+};
+
+struct Region {
+  enum class Kind : std::uint8_t { kGlobal, kShared, kConstant };
+  std::uintptr_t begin, end;
+  Shadow* shadow;  // null where nobody may write
+  Kind kind;
+  const std::string* name;
+};
+
+// What a thread had done, and what it knew, when it passed a fence; handed on by its next atomic operation.
+struct Release {
+  std::uint32_t block, epoch;
+  std::vector<std::uint32_t> clocks;  // by thread, of this epoch; all earlier epochs of the block are included
+  std::vector<struct Known> known;
+};
+
+// The releases at one address, in the order of the atomic operations there.
+struct Releases {
+  std::vector<std::shared_ptr<const Release>> list;
+};
+
+// The first `count` releases of an address.
+struct Known {
+  const Releases* releases;
+  std::size_t count;
+};
+
+struct Warp;
+struct Worker;
+
+struct Thread {
+  enum class Status : std::uint8_t { kReady, kAtWarp, kAtBlock, kExited };
+
+  Context context;
+  Worker* worker;
+  Warp* warp;
+  std::uintptr_t stack_low, stack_high;
+  Index3 position;
+  unsigned index, lane;
+  Status status;
+
+  // What it waits for.
+  WarpOperation warp_operation;
+  BlockOperation block_operation;
+  unsigned mask;
+  std::uint64_t value;
+  int argument, width;
+  const void* caller;
+
+  // Between two points that order it with lanes of its warp a thread has one clock, taken from its warp's counter.
+  // `seen[lane]` is the last clock of that lane that is over for this thread.
+  std::uint32_t clock;
+  std::array<std::uint32_t, kWarp> seen;
+
+  std::uint32_t fence_epoch;  // 0: no fence yet
+  std::array<std::uint32_t, kWarp> fence_seen;
+  std::uint64_t touches;
+  std::vector<Known> known;
+};
+
+struct Warp {
+  unsigned first, lanes;
+  std::uint32_t counter;
+};
+
+struct Machine;
+
+// Runs blocks, one at a time, on one system thread.
+struct Worker {
+  Machine* machine = nullptr;
+  Context scheduler;
+  Stacks stacks;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<unsigned> warp_order, lane_order;
+
+  // The block.
+  std::uint32_t number = 0, epoch = 0;
+  Index3 position{};
+  bool fenced = false;  // by any thread in this epoch
+  bool learned = false;
+  std::shared_ptr<const Release> fences;  // of all threads, in an earlier epoch
+  std::vector<Known> known;
+  std::uint64_t place = 0;  // in the order of blocks
+  bool failed = false;
+
+  // Memory.
+  std::vector<Region> regions;  // by address
+  const Region* last = nullptr;
+  std::vector<Shadow*> shared_shadows;
+  Shadow* dynamic_shadow = nullptr;
+  std::size_t dynamic_capacity = 0;
+  char* dynamic_memory = nullptr;
+
+  Counts counts;
+
+  Worker();
+  ~Worker();
+  void start(Machine& machine);
+  void run_blocks();
+  void run_block(std::uint64_t block_index);
+
+ private:
+  void pass_barrier();
+  std::string deadlock(const Thread** of) const;
+};
+
+// One launch.
+struct Machine {
+  const Launch* launch;
+  std::string kernel;
+  std::uint32_t first_number;
+  unsigned block_threads;
+  std::uint64_t blocks;
+  bool parallel;
+
+  std::mutex mutex;
+  std::vector<std::uint32_t> order;  // of blocks
+  std::atomic<std::uint64_t> next{0};
+  std::atomic<std::uint64_t> failed_at{~std::uint64_t{0}};  // in `order`
+  std::string failure;
+
+  std::mutex releases_mutex;
+  std::unordered_map<std::uintptr_t, std::unique_ptr<Releases>> releases;
+  std::atomic<bool> any_release{false};
+};
+
+enum class Access : std::uint8_t { kRead, kWrite, kAtomicRead, kAtomicWrite, kAtomicUpdate };
+
+// The running thread of this system thread; null outside kernels and while the emulator itself is at work, whose own
+// loads and stores (in templates that it shares with instrumented code) are nobody's business.
+extern __thread Thread* running;
+
+class Paused {
+ public:
+  Paused() : thread_(running) { running = nullptr; }
+  ~Paused() { running = thread_; }
+  Paused(const Paused&) = delete;
+  Paused& operator=(const Paused&) = delete;
+  Thread* operator->() const { return thread_; }
+  Thread& operator*() const { return *thread_; }
+
+ private:
+  Thread* const thread_;
+};
+
+// Judges an access by the running thread; does not return if it is wrong.
+void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access, const void* caller);
+
+[[noreturn]] void fail_alignment(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access,
+                                 const void* caller);
+
+// Ends the block of a launch with a sentence about a thread: "KERNEL: block (..) thread (..) WHAT (FILE:LINE)".
+[[noreturn]] void fail(Thread& thread, const std::string& what, const void* caller);
+
+std::string text(const Index3& index);
+std::string thread_text(const Worker& worker, unsigned thread);
+
+// What an atomic operation at `address` hands on and takes over.
+void release_and_learn(Thread& thread, std::uintptr_t address);
+void merge(std::vector<Known>& into, const std::vector<Known>& from);
+
+// The registered buffers, as regions.
+std::vector<Region> buffer_regions();
+
+}  // namespace efficientad_fast::simt

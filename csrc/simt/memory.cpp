@@ -1,0 +1,588 @@
+// Judges every load and store: bounds, permission, initialisation, order.
+
+#include "machine.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace efficientad_fast::simt {
+
+// Buffers
+
+struct Memory {
+  static std::vector<const Buffer*>& all() {
+    static std::vector<const Buffer*> buffers;
+    return buffers;
+  }
+  static Region region(const Buffer& buffer) {
+    return {buffer.begin_, buffer.begin_ + buffer.bytes_, buffer.shadow_, Region::Kind::kGlobal, &buffer.name_};
+  }
+};
+
+namespace {
+
+std::mutex buffers_mutex;
+
+constexpr std::uint8_t kSeen = 0xff;
+
+std::size_t words_of(std::size_t bytes) { return bytes / 4 + 2; }  // one more for a beginning inside a word
+
+std::uintptr_t first_word(const Region& region) { return region.begin & ~std::uintptr_t{3}; }
+
+}  // namespace
+
+Shadow* Shadow::make(std::size_t bytes, bool global) {
+  const std::size_t words = words_of(bytes);
+  const std::size_t cells = words * 4 * sizeof(Cell), split = words, written = global ? words * 4 : 0;
+  auto* const shadow = new Shadow;
+  shadow->mapping_bytes = cells + split + written;
+  shadow->mapping = mmap(nullptr, shadow->mapping_bytes, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);  // zero where it was never touched
+  if (shadow->mapping == MAP_FAILED) {
+    delete shadow;
+    throw std::bad_alloc();
+  }
+  auto* const memory = static_cast<std::uint8_t*>(shadow->mapping);
+  shadow->cells = reinterpret_cast<Cell*>(memory);
+  shadow->split = memory + cells;
+  shadow->written = global ? memory + cells + split : nullptr;
+  return shadow;
+}
+
+void Shadow::destroy(Shadow* shadow) {
+  if (shadow != nullptr) {
+    munmap(shadow->mapping, shadow->mapping_bytes);
+    delete shadow;
+  }
+}
+
+Buffer::Buffer(std::string name, void* host, std::size_t bytes, bool writable, bool initialised)
+    : name_(std::move(name)), host_(host), bytes_(bytes), writable_(writable) {
+  if (!writable && !initialised) {
+    throw std::invalid_argument("simt: buffer " + name_ + " is neither initialised nor writable");
+  }
+  const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(host) % 16;
+  const std::size_t used = (misaligned + bytes + page - 1) / page * page;
+  const std::size_t gap = std::max<std::size_t>(1 << 20, used);  // an index twice too large still hits nothing else
+  reserved_bytes_ = used + 2 * gap;
+  reserved_ = mmap(nullptr, reserved_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reserved_ == MAP_FAILED) {
+    throw std::bad_alloc();
+  }
+  char* const begin = static_cast<char*>(reserved_) + gap;
+  mprotect(begin, used, PROT_READ | PROT_WRITE);
+  begin_ = reinterpret_cast<std::uintptr_t>(begin) + misaligned;
+  if (initialised && bytes > 0) {
+    std::memcpy(begin + misaligned, host, bytes);
+  } else {
+    std::memset(begin, 0xcb, used);
+  }
+  if (writable) {
+    shadow_ = Shadow::make(bytes, /*global=*/true);
+    if (initialised) {
+      std::memset(shadow_->written, kSeen, words_of(bytes) * 4);
+    }
+  }
+  const std::lock_guard<std::mutex> lock(buffers_mutex);
+  Memory::all().push_back(this);
+}
+
+Buffer::~Buffer() {
+  {
+    const std::lock_guard<std::mutex> lock(buffers_mutex);
+    auto& all = Memory::all();
+    all.erase(std::find(all.begin(), all.end(), this));
+  }
+  Shadow::destroy(shadow_);
+  munmap(reserved_, reserved_bytes_);
+}
+
+void Buffer::download() const {
+  if (!writable_) {
+    return;
+  }
+  const std::uint8_t* const written = shadow_->written + begin_ % 4;
+  for (std::size_t i = 0; i < bytes_; ++i) {
+    if (written[i] != 0) {
+      static_cast<char*>(host_)[i] = as<char>()[i];
+    }
+  }
+}
+
+std::size_t Buffer::unwritten() const {
+  if (!writable_) {
+    return 0;
+  }
+  const std::uint8_t* const written = shadow_->written + begin_ % 4;
+  return static_cast<std::size_t>(std::count(written, written + bytes_, std::uint8_t{0}));
+}
+
+std::vector<Region> buffer_regions() {
+  const std::lock_guard<std::mutex> lock(buffers_mutex);
+  std::vector<Region> regions;
+  for (const Buffer* buffer : Memory::all()) {
+    if (buffer->bytes() > 0) {
+      regions.push_back(Memory::region(*buffer));
+    }
+  }
+  return regions;
+}
+
+// Order
+
+namespace {
+
+// Whether what thread `thread` of a block did at a clock of an epoch is included in `release`.
+bool includes(const Release& release, std::uint32_t block, std::uint32_t epoch, unsigned thread, std::uint32_t clock) {
+  return release.block == block &&
+         (epoch < release.epoch || (epoch == release.epoch && clock <= release.clocks[thread]));
+}
+
+// Looks at every release that is known, or was known to one that is, once.
+template <typename Predicate>
+bool any_release(const std::vector<Known>& known, std::vector<Known>& searched, const Predicate& predicate) {
+  for (const Known& one : known) {
+    auto before = std::find_if(searched.begin(), searched.end(),
+                               [&](const Known& other) { return other.releases == one.releases; });
+    const std::size_t first = before == searched.end() ? 0 : before->count;
+    if (first >= one.count) {
+      continue;
+    }
+    if (before == searched.end()) {
+      searched.push_back(one);
+    } else {
+      before->count = one.count;
+    }
+    for (std::size_t i = first; i < one.count; ++i) {
+      const Release& release = *one.releases->list[i];
+      if (predicate(release) || any_release(release.known, searched, predicate)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+template <typename Predicate>
+bool knows(const Thread& thread, const Predicate& predicate) {
+  Machine& machine = *thread.worker->machine;
+  if (!machine.any_release.load(std::memory_order_relaxed)) {
+    return false;
+  }
+  const std::lock_guard<std::mutex> lock(machine.releases_mutex);
+  std::vector<Known> searched;
+  return any_release(thread.known, searched, predicate) || any_release(thread.worker->known, searched, predicate);
+}
+
+bool knows(const Thread& thread, std::uint32_t block, std::uint32_t epoch, unsigned other, std::uint32_t clock) {
+  return knows(thread, [&](const Release& release) { return includes(release, block, epoch, other, clock); });
+}
+
+struct Judge {
+  const Thread& thread;
+  const bool shared;
+  const bool atomic;
+
+  const Worker& worker() const { return *thread.worker; }
+
+  // Shared memory forgets other blocks; global memory forgets other launches.
+  bool forgotten(std::uint32_t block) const {
+    return shared ? block != worker().number : block < worker().machine->first_number;
+  }
+
+  bool after_write(const Cell& cell) const {
+    if (forgotten(cell.write_block) || (atomic && cell.write_atomic)) {
+      return true;
+    }
+    if (cell.write_block == worker().number) {
+      if (cell.write_epoch != worker().epoch || cell.write_thread == thread.index) {
+        return true;
+      }
+      if (cell.write_thread / kWarp == thread.index / kWarp &&
+          thread.seen[cell.write_thread % kWarp] >= cell.write_clock) {
+        return true;
+      }
+    }
+    return knows(thread, cell.write_block, cell.write_epoch, cell.write_thread, cell.write_clock);
+  }
+
+  bool after_reads(const Cell& cell) const {
+    if (forgotten(cell.read_block)) {
+      return true;
+    }
+    if (cell.read_warp == Cell::kSeveralBlocks) {
+      return after_several_blocks(cell);
+    }
+    const bool same_block = cell.read_block == worker().number;
+    if (same_block && cell.read_epoch != worker().epoch) {
+      return true;
+    }
+    if (cell.read_warp == Cell::kSeveralWarps) {
+      return knows(thread, [&](const Release& r) { return r.block == cell.read_block && r.epoch > cell.read_epoch; });
+    }
+    const bool same_warp = same_block && cell.read_warp == thread.index / kWarp;
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if ((cell.read_lanes >> lane & 1) == 0 || (same_warp && lane == thread.lane)) {
+        continue;
+      }
+      if (!(same_warp && thread.seen[lane] >= cell.read_clock) &&
+          !knows(thread, cell.read_block, cell.read_epoch, cell.read_warp * kWarp + lane, cell.read_clock)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // Which blocks is not kept, so every other block of the launch must have released its reads.
+  bool after_several_blocks(const Cell& cell) const {
+    const Machine& machine = *worker().machine;
+    for (std::uint64_t i = 0; i < machine.blocks; ++i) {
+      const std::uint32_t block = machine.first_number + static_cast<std::uint32_t>(i);
+      const auto released = [&](const Release& r) {
+        return r.block == block &&
+               (r.epoch > cell.read_epoch || (cell.read_lanes != Cell::kSeveralThreads && r.epoch == cell.read_epoch &&
+                                              cell.read_clock <= r.clocks[cell.read_lanes]));
+      };
+      if (block != worker().number && !knows(thread, released)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  void read(Cell& cell) const {
+    const std::uint32_t block = worker().number, epoch = worker().epoch, bit = 1u << thread.lane;
+    const auto warp = static_cast<std::uint8_t>(thread.index / kWarp);
+    if (cell.read_warp != Cell::kSeveralBlocks && cell.read_block == block && cell.read_epoch == epoch) {
+      if (cell.read_warp == warp) {
+        cell.read_lanes |= bit;
+        cell.read_clock = std::max(cell.read_clock, thread.clock);
+      } else if (cell.read_warp != Cell::kSeveralWarps) {
+        cell.read_warp = Cell::kSeveralWarps;
+      }
+    } else if (cell.read_block == block && cell.read_warp != Cell::kSeveralBlocks) {
+      set_reader(cell, block, epoch, warp, bit);
+    } else if (after_reads(cell)) {
+      set_reader(cell, block, epoch, warp, bit);
+    } else {
+      std::uint32_t before = Cell::kSeveralThreads;
+      if (cell.read_warp == Cell::kSeveralBlocks) {
+        before = cell.read_lanes;
+      } else if (cell.read_warp != Cell::kSeveralWarps && (cell.read_lanes & (cell.read_lanes - 1)) == 0) {
+        before = cell.read_warp * kWarp + static_cast<unsigned>(__builtin_ctz(cell.read_lanes));
+      }
+      cell.read_warp = Cell::kSeveralBlocks;
+      cell.read_block = block;
+      cell.read_epoch = std::max(cell.read_epoch, epoch);
+      cell.read_clock = std::max(cell.read_clock, thread.clock);
+      cell.read_lanes = before == thread.index ? before : Cell::kSeveralThreads;
+    }
+  }
+
+  void set_reader(Cell& cell, std::uint32_t block, std::uint32_t epoch, std::uint8_t warp, std::uint32_t bit) const {
+    cell.read_block = block;
+    cell.read_epoch = epoch;
+    cell.read_warp = warp;
+    cell.read_clock = thread.clock;
+    cell.read_lanes = bit;
+  }
+
+  void write(Cell& cell) const {
+    cell.write_block = worker().number;
+    cell.write_epoch = worker().epoch;
+    cell.write_clock = thread.clock;
+    cell.write_thread = static_cast<std::uint16_t>(thread.index);
+    cell.write_atomic = atomic;
+    cell.read_block = 0;
+    cell.read_warp = 0;
+  }
+};
+
+enum class Verdict : std::uint8_t { kFine, kUnwritten, kAfterWrite, kAfterRead };
+
+Verdict judge(const Judge& judge, Cell& cell, Access access) {
+  if (judge.shared && access != Access::kWrite && access != Access::kAtomicWrite &&
+      cell.write_block != judge.worker().number) {
+    return Verdict::kUnwritten;
+  }
+  if (!judge.after_write(cell)) {
+    return Verdict::kAfterWrite;
+  }
+  if (access == Access::kRead) {
+    judge.read(cell);
+  } else if (access != Access::kAtomicRead) {
+    if (!judge.after_reads(cell)) {
+      return Verdict::kAfterRead;
+    }
+    judge.write(cell);
+  }
+  return Verdict::kFine;
+}
+
+// One at a time touches a cell of global memory.
+class CellLock {
+ public:
+  CellLock(bool needed, std::uintptr_t address) {
+    if (needed) {
+      lock_ = &locks[address / 64 % locks.size()];
+      while (lock_->exchange(true, std::memory_order_acquire)) {
+      }
+    }
+  }
+  ~CellLock() {
+    if (lock_ != nullptr) {
+      lock_->store(false, std::memory_order_release);
+    }
+  }
+  CellLock(const CellLock&) = delete;
+  CellLock& operator=(const CellLock&) = delete;
+
+ private:
+  static std::array<std::atomic<bool>, 1024> locks;
+  std::atomic<bool>* lock_ = nullptr;
+};
+std::array<std::atomic<bool>, 1024> CellLock::locks{};
+
+const Region* find(Worker& worker, std::uintptr_t address) {
+  const auto& regions = worker.regions;
+  const auto after = std::upper_bound(regions.begin(), regions.end(), address,
+                                      [](std::uintptr_t a, const Region& region) { return a < region.begin; });
+  return after == regions.begin() ? nullptr : &*(after - 1);
+}
+
+// Sentences
+
+std::string verb(Access access, std::size_t bytes) {
+  const char* what = access == Access::kRead ? "reads " : access == Access::kWrite ? "writes " : "updates ";
+  return what + std::to_string(bytes) + (bytes == 1 ? " byte" : " bytes") +
+         (access == Access::kRead || access == Access::kWrite ? "" : " atomically");
+}
+
+std::string place(const Region& region, std::uintptr_t address) {
+  return " at " + *region.name + " + " + std::to_string(address - region.begin);
+}
+
+[[noreturn]] void fail_bounds(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access,
+                              const void* caller) {
+  const std::string what = verb(access, bytes);
+  const Region* nearest = nullptr;
+  std::uintptr_t least = std::uintptr_t{1} << 40;
+  for (const Region& region : thread.worker->regions) {
+    if (region.kind == Region::Kind::kConstant) {
+      continue;
+    }
+    const std::uintptr_t distance =
+        address < region.begin ? region.begin - address : address + bytes > region.end ? address + bytes - region.end : 0;
+    if (distance < least) {
+      least = distance;
+      nearest = &region;
+    }
+  }
+  if (address < 65536) {
+    fail(thread, what + " at address " + std::to_string(address) + ", behind a null pointer", caller);
+  }
+  // Farther away than its size and a margin, a buffer has nothing to do with it.
+  if (nearest == nullptr || least > std::max<std::uintptr_t>(nearest->end - nearest->begin, 65536) + (1 << 20)) {
+    fail(thread, what + " where no buffer and no shared memory is", caller);
+  }
+  const std::string size = std::to_string(nearest->end - nearest->begin);
+  if (address < nearest->begin) {
+    const std::string before = std::to_string(nearest->begin - address);
+    fail(thread, what + " at " + *nearest->name + " - " + before + ", " + before + " bytes before its begin", caller);
+  }
+  if (address < nearest->end) {
+    fail(thread, what + place(*nearest, address) + ", across its end of " + size, caller);
+  }
+  fail(thread,
+       what + place(*nearest, address) + ", " + std::to_string(address - nearest->end) + " bytes past its end of " + size,
+       caller);
+}
+
+[[noreturn]] void fail_verdict(Thread& thread, const Region& region, std::uintptr_t address, std::size_t bytes,
+                               Access access, const Cell& cell, Verdict verdict, const void* caller) {
+  const Worker& worker = *thread.worker;
+  std::string what = verb(access, bytes) + place(region, address) + ", ";
+  if (verdict == Verdict::kUnwritten) {
+    fail(thread, what + "which nothing has written", caller);
+  }
+  what = "race: " + what;
+  const bool wrote = verdict == Verdict::kAfterWrite;
+  const std::uint32_t block = wrote ? cell.write_block : cell.read_block;
+  const bool several_blocks = !wrote && cell.read_warp == Cell::kSeveralBlocks;
+  if (several_blocks) {
+    fail(thread, what + "which other blocks read, and nothing orders the two", caller);
+  }
+  std::string who;
+  if (block != worker.number) {
+    const std::uint64_t i = block - worker.machine->first_number;
+    const Index3 grid = worker.machine->launch->grid;
+    who = "block " + text({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                           static_cast<unsigned>(i / grid.x / grid.y)}) + " ";
+  }
+  if (wrote) {
+    who += "thread " + thread_text(worker, cell.write_thread);
+  } else if (cell.read_warp == Cell::kSeveralWarps) {
+    who += "threads of several warps";
+  } else {
+    std::uint32_t lanes = cell.read_lanes;
+    if (block == worker.number && cell.read_warp == thread.index / kWarp && (lanes & ~(1u << thread.lane)) != 0) {
+      lanes &= ~(1u << thread.lane);
+    }
+    who += "thread " + thread_text(worker, cell.read_warp * kWarp + static_cast<unsigned>(__builtin_ctz(lanes)));
+  }
+  const char* const did = !wrote ? " read" : cell.write_atomic ? " updated atomically" : " wrote";
+  const char* const order = block != worker.number ? ", and nothing orders the two blocks" : ", with no barrier in between";
+  fail(thread, what + "which " + who + did + order, caller);
+}
+
+constexpr std::uint64_t kMostTouches = std::uint64_t{1} << 30;
+
+}  // namespace
+
+void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access, const void* caller) {
+  if (bytes == 0) {
+    return;
+  }
+  Worker& worker = *thread.worker;
+  if (++thread.touches > kMostTouches) {
+    fail(thread, "does not end: it has touched memory " + std::to_string(kMostTouches) + " times", caller);
+  }
+  const Region* region = worker.last;
+  if (region == nullptr || address < region->begin || address >= region->end) {
+    if (address >= thread.stack_low && address < thread.stack_high) {
+      return;
+    }
+    region = find(worker, address);
+    if (region == nullptr) {
+      fail_bounds(thread, address, bytes, access, caller);
+    }
+    worker.last = region;
+  }
+  if (address < region->begin || address + bytes > region->end) {
+    fail_bounds(thread, address, bytes, access, caller);
+  }
+  if (region->shadow == nullptr) {
+    if (access != Access::kRead && access != Access::kAtomicRead) {
+      fail(thread, verb(access, bytes) + place(*region, address) + ", which is read-only", caller);
+    }
+    return;
+  }
+
+  Shadow& shadow = *region->shadow;
+  const bool global = region->kind == Region::Kind::kGlobal;
+  const bool pure_write = access == Access::kWrite || access == Access::kAtomicWrite;
+  const std::size_t offset = address - first_word(*region);
+  if (global) {
+    std::uint8_t* const written = shadow.written + offset;
+    for (std::size_t i = 0; i < bytes; ++i) {
+      if (!pure_write && written[i] == 0) {
+        fail_verdict(thread, *region, address, bytes, access, {}, Verdict::kUnwritten, caller);
+      }
+      if (access != Access::kRead && access != Access::kAtomicRead) {
+        written[i] = kSeen;
+      }
+    }
+  }
+
+  const Judge rules{thread, !global, access != Access::kRead && access != Access::kWrite};
+  Verdict verdict = Verdict::kFine;
+  Cell culprit{};
+  std::size_t at = offset;
+  const std::size_t end = offset + bytes;
+  while (at < end && verdict == Verdict::kFine) {
+    const CellLock lock(global && worker.machine->parallel, address - offset + at);
+    const std::size_t word = at / 4;
+    Cell* const cells = shadow.cells + word * 4;
+    const bool whole = at % 4 == 0 && end - at >= 4;
+    if (whole && shadow.split[word] == 0) {
+      verdict = judge(rules, cells[0], access);
+      culprit = verdict == Verdict::kFine ? culprit : cells[0];
+      at += 4;
+      continue;
+    }
+    if (shadow.split[word] == 0) {
+      cells[1] = cells[2] = cells[3] = cells[0];
+      shadow.split[word] = 1;
+    }
+    const std::size_t stop = std::min(end, word * 4 + 4);
+    for (; at < stop && verdict == Verdict::kFine; ++at) {
+      verdict = judge(rules, cells[at % 4], access);
+      culprit = verdict == Verdict::kFine ? culprit : cells[at % 4];
+    }
+    if (whole && verdict == Verdict::kFine && access != Access::kRead && access != Access::kAtomicRead) {
+      shadow.split[word] = 0;
+    }
+  }
+  if (verdict != Verdict::kFine) {
+    fail_verdict(thread, *region, address, bytes, access, culprit, verdict, caller);
+  }
+}
+
+void fail_alignment(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access, const void* caller) {
+  const Region* const region = find(*thread.worker, address);
+  const bool inside = region != nullptr && address < region->end;
+  fail(thread,
+       verb(access, bytes) + (inside ? place(*region, address) : " at " + std::to_string(address)) +
+           ", whose address is not a multiple of " + std::to_string(bytes),
+       caller);
+}
+
+// Fences and atomics
+
+void merge(std::vector<Known>& into, const std::vector<Known>& from) {
+  for (const Known& one : from) {
+    const auto same = std::find_if(into.begin(), into.end(),
+                                   [&](const Known& other) { return other.releases == one.releases; });
+    if (same == into.end()) {
+      into.push_back(one);
+    } else {
+      same->count = std::max(same->count, one.count);
+    }
+  }
+}
+
+// What an atomic operation hands on and takes over. That the reader passes a fence too is not asked for.
+void release_and_learn(Thread& thread, std::uintptr_t address) {
+  Worker& worker = *thread.worker;
+  Machine& machine = *worker.machine;
+  const bool releases = thread.fence_epoch != 0 || worker.fences != nullptr;
+  if (!releases && !machine.any_release.load(std::memory_order_relaxed)) {
+    return;
+  }
+  const std::lock_guard<std::mutex> lock(machine.releases_mutex);
+  std::vector<Known> before = worker.known;
+  merge(before, thread.known);
+  auto& entry = machine.releases[address];
+  if (entry == nullptr) {
+    entry = std::make_unique<Releases>();
+  }
+  if (!entry->list.empty()) {
+    merge(thread.known, {{entry.get(), entry->list.size()}});
+    worker.learned = true;
+  }
+  if (!releases) {
+    return;
+  }
+  machine.any_release.store(true, std::memory_order_relaxed);
+  if (worker.fences != nullptr && (entry->list.empty() || entry->list.back() != worker.fences)) {
+    entry->list.push_back(worker.fences);
+  }
+  if (thread.fence_epoch != 0) {
+    auto own = std::make_shared<Release>();
+    own->block = worker.number;
+    own->epoch = thread.fence_epoch;
+    own->clocks.assign(machine.block_threads, 0);
+    for (unsigned lane = 0; lane < thread.warp->lanes; ++lane) {
+      own->clocks[thread.warp->first + lane] = thread.fence_seen[lane];
+    }
+    own->known = std::move(before);
+    entry->list.push_back(std::move(own));
+  }
+}
+
+}  // namespace efficientad_fast::simt

@@ -1,0 +1,170 @@
+// The catalogue's kernels in the emulator, over memory of the host; tests/emulated.py calls these.
+
+#include "cuda/anomaly_map_kernel.h"
+#include "cuda/preprocess_kernel.h"
+#include "simt/bindings.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace efficientad_fast::simt {
+
+namespace {
+
+using cuda::Dtype;
+
+// A tensor of the host, as Python describes it.
+struct Array {
+  std::uintptr_t pointer;
+  std::string dtype;
+  std::vector<std::int64_t> sizes, strides;
+
+  Dtype device_dtype() const {
+    static const std::pair<const char*, Dtype> known[] = {{"float32", Dtype::kFloat32}, {"float64", Dtype::kFloat64},
+                                                          {"float16", Dtype::kFloat16}, {"bfloat16", Dtype::kBFloat16},
+                                                          {"uint8", Dtype::kUint8}};
+    for (const auto& [name, value] : known) {
+      if (dtype == name) {
+        return value;
+      }
+    }
+    throw std::invalid_argument("no kernel takes " + dtype);
+  }
+
+  std::size_t element_size() const {
+    switch (device_dtype()) {
+      case Dtype::kFloat64: return 8;
+      case Dtype::kFloat32: return 4;
+      case Dtype::kUint8: return 1;
+      default: return 2;
+    }
+  }
+
+  // From the first to the last element, with what lies between them.
+  std::size_t bytes() const {
+    std::size_t last = 0;
+    for (std::size_t axis = 0; axis < sizes.size(); ++axis) {
+      if (sizes[axis] == 0) {
+        return 0;
+      }
+      last += static_cast<std::size_t>((sizes[axis] - 1) * strides[axis]);
+    }
+    return (last + 1) * element_size();
+  }
+};
+
+Buffer source(const char* name, const Array& array) {
+  return Buffer(name, reinterpret_cast<void*>(array.pointer), array.bytes(), /*writable=*/false, /*initialised=*/true);
+}
+
+Buffer result(const char* name, const Array& array) {
+  return Buffer(name, reinterpret_cast<void*>(array.pointer), array.bytes(), /*writable=*/true, /*initialised=*/false);
+}
+
+// To the host, once every element was written.
+void take(const Buffer& buffer) {
+  if (const std::size_t left = buffer.unwritten(); left > 0) {
+    throw KernelError("the launch left " + std::to_string(left) + " of " + std::to_string(buffer.bytes()) +
+                      " bytes of " + buffer.name() + " unwritten");
+  }
+  buffer.download();
+}
+
+// coefficients: those of csrc/anomaly_map.h, st, ae, inside and outside.
+void anomaly_map(const Array& map_st, const Array& map_ae, const std::array<double, 4>& coefficients, int border,
+                 const Array& out, const Array& score) {
+  const Buffer st = source("map_st", map_st), ae = source("map_ae", map_ae);
+  const Buffer map = result("anomaly_map", out), scores = result("score", score);
+  const auto raw_map = [](const Array& array, const Buffer& buffer) {
+    return cuda::RawMap{buffer.as<void>(), array.device_dtype(), array.strides[0], array.strides[2], array.strides[3]};
+  };
+  cuda::AnomalyMap call{};
+  call.st = raw_map(map_st, st), call.ae = raw_map(map_ae, ae);
+  call.images = map_st.sizes[0];
+  call.height = static_cast<int>(map_st.sizes[2]), call.width = static_cast<int>(map_st.sizes[3]);
+  call.border = border;
+  call.out_height = static_cast<int>(out.sizes[2]), call.out_width = static_cast<int>(out.sizes[3]);
+  call.a = coefficients[0], call.b = coefficients[1], call.inside = coefficients[2], call.outside = coefficients[3];
+  call.out = map.as<void>(), call.score = scores.as<void>();
+  cuda::launch_anomaly_map(call, nullptr);
+  take(map), take(scores);
+}
+
+// maps and results: of map_st and map_ae; `combined` comes last among the results.
+void drop_in(const std::array<Array, 2>& maps, const std::array<std::optional<Array>, 2>& quantiles,
+             const std::array<Array, 3>& results) {
+  const Buffer st = source("map_st", maps[0]), ae = source("map_ae", maps[1]);
+  const Buffer st_result = result("map_st result", results[0]), ae_result = result("map_ae result", results[1]);
+  const Buffer combined = result("map_combined", results[2]);
+  std::optional<Buffer> st_quantiles, ae_quantiles;
+  cuda::DropIn call{};
+  call.st = st.as<void>(), call.st_dtype = maps[0].device_dtype();
+  call.ae = ae.as<void>(), call.ae_dtype = maps[1].device_dtype();
+  call.st_result = st_result.as<void>(), call.ae_result = ae_result.as<void>();
+  call.combined = combined.as<void>(), call.combined_dtype = results[2].device_dtype();
+  const auto pass = [](const char* name, const Array& array, std::optional<Buffer>& buffer, const void*& pointer,
+                       Dtype& dtype, std::int64_t& stride) {
+    buffer.emplace(name, reinterpret_cast<void*>(array.pointer), array.bytes(), false, true);
+    pointer = buffer->as<void>(), dtype = array.device_dtype(), stride = array.strides[0];
+  };
+  if (quantiles[0]) {
+    pass("st_quantiles", *quantiles[0], st_quantiles, call.st_quantiles, call.st_quantile_dtype,
+         call.st_quantile_stride);
+  }
+  if (quantiles[1]) {
+    pass("ae_quantiles", *quantiles[1], ae_quantiles, call.ae_quantiles, call.ae_quantile_dtype,
+         call.ae_quantile_stride);
+  }
+  call.count = 1;
+  for (const std::int64_t size : maps[0].sizes) {
+    call.count *= size;
+  }
+  cuda::launch_drop_in(call, nullptr);
+  take(st_result), take(ae_result), take(combined);
+}
+
+void preprocess(const Array& image, bool pillow, const std::array<double, 3>& mean, const std::array<double, 3>& std,
+                bool channels_last, const Array& out) {
+  const Buffer from = source("image", image), to = result("out", out);
+  cuda::Preprocess call{};
+  call.image = from.as<void>(), call.image_dtype = image.device_dtype();
+  call.image_stride = image.strides[0], call.row_stride = image.strides[1];
+  call.column_stride = image.strides[2], call.channel_stride = image.strides[3];
+  call.images = image.sizes[0];
+  call.rows = cuda::Axis(static_cast<int>(image.sizes[1]), static_cast<int>(out.sizes[2]));
+  call.columns = cuda::Axis(static_cast<int>(image.sizes[2]), static_cast<int>(out.sizes[3]));
+  call.pillow = pillow;
+  call.set_statistics(mean, std);
+  call.out = to.as<void>(), call.out_dtype = out.device_dtype();
+  call.channels_last = channels_last;
+  cuda::launch_preprocess(call, nullptr);
+  take(to);
+}
+
+}  // namespace
+
+}  // namespace efficientad_fast::simt
+
+EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
+  using namespace efficientad_fast;
+  py::class_<simt::Array>(m, "Array", py::module_local(), "A CPU tensor.")
+      .def(py::init([](std::uintptr_t pointer, std::string dtype, std::vector<std::int64_t> sizes,
+                       std::vector<std::int64_t> strides) {
+             return simt::Array{pointer, std::move(dtype), std::move(sizes), std::move(strides)};
+           }),
+           py::arg("pointer"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"));
+  m.def("anomaly_map", &simt::anomaly_map);
+  m.def("drop_in", &simt::drop_in);
+  m.def("preprocess", &simt::preprocess);
+}
