@@ -1,0 +1,115 @@
+"""The catalogue's CUDA C++ kernels on CPU tensors, by the emulator: a function per overload, with its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import simt_build
+import torch
+from torch import Tensor
+
+from efficientad_fast.ops import anomaly_map as anomaly_map_operator
+from efficientad_fast.ops import preprocess as preprocess_operator
+from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD
+
+
+def anomaly_map(
+    map_st: Tensor,
+    map_ae: Tensor,
+    size: Sequence[int],
+    quantiles: Sequence[float] | None = None,
+    *,
+    border: int = 0,
+    convention: str = "resized",
+) -> tuple[Tensor, Tensor]:
+    out, score = anomaly_map_operator.fake(map_st, map_ae, size, quantiles, border=border, convention=convention)
+    anomaly_map_out(map_st, map_ae, quantiles, border=border, convention=convention, anomaly_map=out, score=score)
+    return out, score
+
+
+def anomaly_map_out(
+    map_st: Tensor,
+    map_ae: Tensor,
+    quantiles: Sequence[float] | None = None,
+    *,
+    border: int = 0,
+    convention: str = "resized",
+    anomaly_map: Tensor,
+    score: Tensor,
+) -> None:
+    anomaly_map_operator.fake_out(
+        map_st, map_ae, quantiles, border=border, convention=convention, anomaly_map=anomaly_map, score=score
+    )
+    coefficients = _coefficients(quantiles, convention)
+    _kernels().anomaly_map(_array(map_st), _array(map_ae), coefficients, border, _array(anomaly_map), _array(score))
+
+
+def anomaly_map_drop_in(
+    map_st: Tensor, map_ae: Tensor, st_quantiles: Tensor | None = None, ae_quantiles: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = anomaly_map_operator.fake_drop_in(map_st, map_ae, st_quantiles, ae_quantiles)
+    combined, *normalised = (one.contiguous() for one in results)
+    maps = [one.contiguous() for one in (map_st, map_ae)]
+    quantiles = [None if one is None else _array(one) for one in (st_quantiles, ae_quantiles)]
+    _kernels().drop_in(list(map(_array, maps)), quantiles, list(map(_array, [*normalised, combined])))
+    return combined, normalised[0], normalised[1]
+
+
+def preprocess(
+    image: Tensor,
+    size: Sequence[int],
+    *,
+    resize: str = "antialias",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    out = preprocess_operator.fake(
+        image, size, resize=resize, mean=mean, std=std, channels_last=channels_last, dtype=dtype
+    )
+    preprocess_out(image, resize=resize, mean=mean, std=std, out=out)
+    return out
+
+
+def preprocess_out(
+    image: Tensor,
+    *,
+    resize: str = "antialias",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    out: Tensor,
+) -> None:
+    preprocess_operator.fake_out(image, resize=resize, mean=mean, std=std, out=out)
+    channels_last = out.is_contiguous(memory_format=torch.channels_last)
+    _kernels().preprocess(_array(image), resize == "pillow", list(mean), list(std), channels_last, _array(out))
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "anomaly_map": anomaly_map,
+    "anomaly_map.out": anomaly_map_out,
+    "anomaly_map.drop_in": anomaly_map_drop_in,
+    "preprocess": preprocess,
+    "preprocess.out": preprocess_out,
+}
+"""By the overload's name, as a schema has it."""
+
+
+def _kernels() -> Any:
+    return simt_build.load("operators", simt_build.SIMT / "operators.cpp")
+
+
+def _coefficients(quantiles: Sequence[float] | None, convention: str) -> list[float]:
+    """Factors of map_st and map_ae, and what is added before and after padding and resizing; csrc/anomaly_map.h."""
+    if quantiles is None:
+        return [0.5, 0.5, 0.0, 0.0]
+    st_start, st_end, ae_start, ae_end = quantiles
+    st, ae = 0.05 / (st_end - st_start), 0.05 / (ae_end - ae_start)
+    offset = -(st * st_start + ae * ae_start)
+    return [st, ae, offset, 0.0] if convention == "native" else [st, ae, 0.0, offset]
+
+
+def _array(tensor: Tensor) -> Any:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return _kernels().Array(tensor.data_ptr(), dtype, list(tensor.shape), list(tensor.stride()))

@@ -1,0 +1,197 @@
+"""The CUDA C++ kernels in the emulator: every case of the catalogue, and what is special to how these kernels work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import emulated
+import pytest
+import torch
+from assertions import assert_close
+from cases import anomaly_map as anomaly_map_cases
+from cases import preprocess as preprocess_cases
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operator_cases import Case, cases, cases_module, numbers
+from tolerances import EXACT
+from torch import Tensor
+
+from efficientad_fast.reference.preprocess import preprocess as preprocess_reference
+
+OPERATORS = ("anomaly_map", "preprocess")
+DTYPES = anomaly_map_cases.DTYPES
+
+# Tiles are 128 pixels wide and 8 to 128 high; rows of a thread: 1 for few images, 16 for many.
+MORE_MAPS = [
+    *(
+        anomaly_map_cases.case(
+            f"{first}, {second}, mixed".replace("torch.", ""), (1, 3, 5), (9, 12), border=1, dtypes=(first, second)
+        )
+        for first in DTYPES
+        for second in DTYPES
+        if first != second
+    ),
+    *(
+        anomaly_map_cases.case(f"{height} x {width}", (1, 6, 5), (height, width), border=2, convention=convention)
+        for height, width, convention in [
+            (7, 127, "native"),
+            (8, 128, "resized"),
+            (9, 129, "native"),
+            (1, 131, "resized"),
+            (17, 1, "native"),
+        ]
+    ),
+    anomaly_map_cases.case("many images, many rows a thread", (150, 3, 2), (133, 5), border=1),
+    anomaly_map_cases.case("more images than threads reset scores", (131, 2, 2), (3, 4)),
+    anomaly_map_cases.case("smaller by 100", (2, 300, 201), (3, 2), convention="native", border=4),
+    anomaly_map_cases.case("border wider than the map", (1, 1, 2), (30, 40), border=17, convention="native"),
+    anomaly_map_cases.case("float64 in scalars", (2, 5, 7), (11, 13), dtypes=(torch.float64, torch.float64)),
+    anomaly_map_cases.case(
+        "float64, negative",
+        (2, 5, 7),
+        (11, 13),
+        quantiles=None,
+        dtypes=(torch.float64, torch.float64),
+        change=lambda map_st: map_st - 50,
+    ),
+]
+
+MORE_IMAGES = [
+    preprocess_cases.case(name, shape, size, resize=resize, source=source, channels_last=channels_last)
+    for resize in ("antialias", "pillow")
+    for source in (torch.uint8, torch.float32)
+    for name, shape, size, channels_last in [
+        ("a tile less one", (1, 31, 61), (7, 31), False),
+        ("a tile", (1, 32, 64), (8, 32), True),
+        ("a tile and one", (2, 33, 65), (9, 33), True),
+        ("rows in several rounds", (1, 190, 340), (9, 17), False),
+        ("unstaged", (1, 70, 2100), (3, 17), True),
+        ("unstaged, rows in several rounds", (1, 1100, 30), (2, 3), False),
+        ("larger", (1, 11, 13), (20, 70), True),
+    ]
+]
+
+
+def inner(raw: Tensor) -> Tensor:
+    return raw[:, :, 1:-1, 1:]
+
+
+def every(found: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [pytest.param(case, id=repr(case)) for case in found])
+
+
+@every([*(case for operator in OPERATORS for case in cases(operator)), *MORE_MAPS, *MORE_IMAGES])
+def test_results(case: Case) -> None:
+    case.check(case.run(emulated.FUNCTIONS[case.overload]))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_drawn_shapes(operator: str, data: st.DataObject) -> None:
+    case = data.draw(cases_module(operator).strategy())
+    case.check(case.run(emulated.FUNCTIONS[case.overload]))
+
+
+@every([case for case in [*cases("preprocess"), *MORE_IMAGES] if "pillow" in case.name])
+def test_pillow_is_exact(case: Case) -> None:
+    """Bit for bit the reference in the result's dtype: it normalises the same 8-bit values in the same float32."""
+    (actual,) = case.run(emulated.FUNCTIONS[case.overload])
+    args, kwargs = case.arguments()
+    options = {name: kwargs[name] for name in ("mean", "std") if name in kwargs}
+    for image, result in zip(args[0].movedim(3, 1), actual, strict=True):
+        expected = preprocess_reference(image, tuple(actual.shape[2:]), resize="pillow", dtype=actual.dtype, **options)
+        assert_close(result, expected, EXACT, repr(case))
+
+
+def test_pillow_rounds_floats_to_even_levels() -> None:
+    """At the middle between two levels and the numbers next to it; beyond the range; NaN is the lowest level."""
+    middles = ((torch.arange(255, dtype=torch.float64) + 0.5) / 255).float()
+    infinity = torch.tensor(math.inf)
+    special = torch.tensor([-1.0, -0.0, 0.0, 1.0, 1.002, 2.0, math.inf, -math.inf])
+    values = torch.cat([middles, torch.nextafter(middles, infinity), torch.nextafter(middles, -infinity), special])
+    image = values.repeat(3).reshape(1, 1, -1, 3)
+    plain = {"resize": "pillow", "mean": [0.0] * 3, "std": [1.0] * 3}
+    actual = emulated.preprocess(image, list(image.shape[1:3]), **plain)
+    expected = torch.stack([preprocess_reference(one, image.shape[1:3], **plain) for one in image.movedim(3, 1)])
+    assert_close(actual, expected, EXACT)
+    assert emulated.preprocess(torch.full_like(image, math.nan), [1, 2], **plain).eq(0).all()
+
+
+@pytest.mark.parametrize("size", [(6, 5), (3, 5), (12, 10), (2, 2)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_special_values_of_an_image_stay_where_the_reference_has_them(size: tuple[int, int], value: float) -> None:
+    image = numbers((2, 6, 5, 3))
+    image[1, 3, 1, 2] = value
+    actual = emulated.preprocess(image, list(size))
+    assert torch.isfinite(actual[0]).all()
+    assert torch.isfinite(actual[1, :2]).all()
+    expected = preprocess_reference(image[1].movedim(2, 0), size)
+    assert torch.isfinite(actual[1]).equal(torch.isfinite(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "value, score", [(math.nan, math.nan), (-math.nan, math.nan), (math.inf, math.inf), (-math.inf, None)]
+)
+@pytest.mark.parametrize("place", [(0, 0), (40, 129), (39, 130), (17, 3)])
+def test_score_with_special_values(
+    place: tuple[int, int], value: float, score: float | None, dtype: torch.dtype
+) -> None:
+    """Wherever it lies, in the first block of an image or the last, also where all else is negative."""
+    map_st = numbers((3, 1, 41, 131), dtype=dtype) - 2
+    map_st[1, 0, place[0], place[1]] = value
+    anomaly_map, scores = emulated.anomaly_map(map_st, map_st.clone(), [41, 131])
+    assert_close(anomaly_map, map_st, EXACT)
+    expected = torch.stack([image.max() for image in map_st])
+    if score is not None:
+        assert_close(expected[1], score, EXACT)
+    assert_close(scores, expected, EXACT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_score_of_one_infinity(dtype: torch.dtype) -> None:
+    lowest = torch.full((2, 1, 5, 6), -math.inf, dtype=dtype)
+    _, score = emulated.anomaly_map(lowest, lowest.clone(), [5, 6])
+    assert score.eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("change", [anomaly_map_cases.turned, anomaly_map_cases.every_other, inner])
+def test_maps_of_any_strides_in_both_arguments(change: Callable[[Tensor], Tensor]) -> None:
+    map_st, map_ae = (change(numbers((2, 1, 9, 12), seed=seed)) for seed in range(2))
+    quantiles = list(anomaly_map_cases.QUANTILES)
+    actual = emulated.anomaly_map(map_st, map_ae, [20, 24], quantiles, border=4)
+    expected = emulated.anomaly_map(map_st.contiguous(), map_ae.contiguous(), [20, 24], quantiles, border=4)
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, EXACT)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_results_at_any_alignment(first: int) -> None:
+    """Given outputs and sources need not start where a vector does."""
+    map_st, map_ae = (numbers((1, 1, 4, 5), seed=seed) for seed in range(2))
+    expected, _ = emulated.anomaly_map(map_st, map_ae, [8, 12])
+    out, score = torch.empty(8 * 12 + first)[first:].view(1, 1, 8, 12), torch.empty(1)
+    emulated.anomaly_map_out(map_st, map_ae, anomaly_map=out, score=score)
+    assert_close(out, expected, EXACT)
+    assert_close(score, expected.max().reshape(1), EXACT)
+
+    flat = (256 * numbers((9 * 40 * 3 + first,))).to(torch.uint8)
+    image = flat[first:].view(1, 9, 40, 3)
+    out = torch.empty(3 * 5 * 33 + first)[first:].view(1, 3, 5, 33)
+    emulated.preprocess_out(image, out=out)
+    assert_close(out, emulated.preprocess(image.clone(), [5, 33]), EXACT)
+
+    maps = [numbers((100 + first,), seed=seed)[first:].view(1, 1, 10, 10) for seed in range(2)]
+    for one, other in zip(emulated.anomaly_map_drop_in(*maps), (sum(maps) / 2, *maps), strict=True):
+        assert_close(one, other, EXACT)
+
+
+def test_quantiles_of_the_drop_in_may_have_strides() -> None:
+    maps = [numbers((1, 1, 3, 7), seed=seed) for seed in range(2)]
+    pairs = torch.tensor([[0.1, 0.2], [0.7, 0.9]])
+    actual = emulated.anomaly_map_drop_in(*maps, pairs[:, 0], pairs[:, 1])
+    expected = emulated.anomaly_map_drop_in(*maps, pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, EXACT)
