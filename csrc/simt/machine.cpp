@@ -72,11 +72,6 @@ std::uint64_t count_of(const Index3& extent) {
   return static_cast<std::uint64_t>(extent.x) * extent.y * extent.z;
 }
 
-Index3 position_of(std::uint64_t index, const Index3& extent) {
-  return {static_cast<unsigned>(index % extent.x), static_cast<unsigned>(index / extent.x % extent.y),
-          static_cast<unsigned>(index / extent.x / extent.y)};
-}
-
 void record_failure(Worker& worker, const Thread& thread, const std::string& what, const void* caller) {
   Machine& machine = *worker.machine;
   worker.failed = true;
@@ -183,6 +178,7 @@ void try_to_complete(Thread& thread) {
     one.clock = clock;
     one.value = results[lane];
     one.status = Thread::Status::kReady;
+    --warp.waiting;
     if (any_fence) {
       one.fence_epoch = worker.epoch;
       one.fence_seen = fenced;
@@ -197,7 +193,7 @@ void finish(Thread& thread) {
   Worker& worker = *thread.worker;
   thread.status = Thread::Status::kExited;
   Thread* const lanes = &worker.threads[thread.warp->first];
-  for (unsigned lane = 0; lane < thread.warp->lanes && !worker.failed; ++lane) {
+  for (unsigned lane = 0; thread.warp->waiting > 0 && lane < thread.warp->lanes && !worker.failed; ++lane) {
     if (lanes[lane].status == Thread::Status::kAtWarp) {
       try_to_complete(lanes[lane]);
     }
@@ -230,8 +226,9 @@ std::string text(const Index3& index) {
   return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
 }
 
-std::string thread_text(const Worker& worker, unsigned thread) {
-  return text(position_of(thread, worker.machine->launch->block));
+Index3 position_of(std::uint64_t index, const Index3& extent) {
+  return {static_cast<unsigned>(index % extent.x), static_cast<unsigned>(index / extent.x % extent.y),
+          static_cast<unsigned>(index / extent.x / extent.y)};
 }
 
 void fail(Thread& thread, const std::string& what, const void* caller) {
@@ -294,7 +291,7 @@ void Worker::start(Machine& of) {
     regions.push_back({begin, begin + launch.dynamic_shared_bytes, dynamic_shadow, Region::Kind::kShared, &kDynamic});
   }
   std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
-  last = nullptr;
+  recent.fill(nullptr);
 }
 
 void Worker::run_blocks() {
@@ -321,7 +318,7 @@ void Worker::run_block(std::uint64_t block_index) {
   shuffle(warp_order, warps.size(), seed);
   shuffle(lane_order, kWarp, seed);
   for (unsigned w = 0; w < warps.size(); ++w) {
-    warps[w] = {w * kWarp, std::min(kWarp, machine->block_threads - w * kWarp), 1};
+    warps[w] = {w * kWarp, std::min(kWarp, machine->block_threads - w * kWarp), 0, 1};
   }
   for (unsigned i = 0; i < threads.size(); ++i) {
     Thread& thread = threads[i];
@@ -390,8 +387,8 @@ std::string Worker::deadlock(const Thread** of) const {
       if ((thread.mask >> lane & 1) != 0 && other.status != Thread::Status::kExited &&
           !is_at(other, thread.warp_operation, thread.mask)) {
         *of = &thread;
-        return "deadlock: " + waiting_text(thread) + " for thread " + text(other.position) + ", which " +
-               waiting_text(other);
+        return waiting_text(thread) + " for thread " + text(other.position) + ", which " + waiting_text(other) +
+               ": deadlock";
       }
     }
   }
@@ -410,9 +407,8 @@ std::string Worker::deadlock(const Thread** of) const {
     return "";
   }
   *of = &*first;
-  return "divergent barrier: " + waiting_text(*first) + ", and thread " + text(stray->position) + " " +
-         waiting_text(*stray) + " (" + std::to_string(count) + " of " + std::to_string(threads.size()) +
-         " threads are elsewhere)";
+  return waiting_text(*first) + ", where " + std::to_string(count) + " of " + std::to_string(threads.size()) +
+         " threads do not come: thread " + text(stray->position) + " " + waiting_text(*stray) + ": divergent barrier";
 }
 
 void Worker::pass_barrier() {
@@ -593,6 +589,7 @@ std::uint64_t warp_operation(WarpOperation operation, unsigned mask, std::uint64
   thread->argument = argument;
   thread->width = width;
   thread->caller = caller;
+  ++thread->warp->waiting;
   try_to_complete(*thread);
   if (thread->status != Thread::Status::kReady || thread->worker->failed) {
     yield(*thread);

@@ -19,29 +19,36 @@ namespace efficientad_fast::simt {
 
 constexpr unsigned kWarp = 32;
 
-// Who touched a byte last. Blocks have numbers that no other block of any launch has; 0 is nobody. An epoch is how many
-// barriers the block has passed, a clock how many times the warp was ordered: see `Thread`.
+// A block has a number that no other block of any launch has; 0 is nobody. An epoch is how many barriers the block has
+// passed, a clock how many times the warp was ordered: see `Thread`.
+struct Touch {
+  std::uint32_t block, epoch, clock, thread;
+};
+
+// Who touched a byte last, in the three ways that matter to each other.
 struct Cell {
-  static constexpr std::uint8_t kSeveralWarps = 254, kSeveralBlocks = 255;
+  static constexpr std::uint32_t kSeveralWarps = 254, kSeveralBlocks = 255;
   static constexpr std::uint32_t kSeveralThreads = ~0u;
 
-  std::uint32_t write_block, write_epoch, write_clock;
-  std::uint16_t write_thread;
-  bool write_atomic;
-  std::uint8_t read_warp;  // or one of the constants
-  // Of several readers the latest epoch and clock. `read_lanes` has a bit for every lane that read; of several blocks it is
-  // the thread, if it was the same one in all.
-  std::uint32_t read_block, read_epoch, read_clock, read_lanes;
+  Touch write;
+  Touch atomic;  // since that write
+  // Of several readers since that write the latest epoch and clock; `warp` may be one of the constants. `lanes` has a bit
+  // for every lane that read; of several blocks it is the thread, if it was the same one in all.
+  struct {
+    std::uint32_t block, epoch, clock, lanes, warp;
+  } read;
 };
-static_assert(sizeof(Cell) == 32);
 
-// Four bytes that were always touched together have one cell, the first; `split` says which words have four.
+// Four bytes that were always touched together have one cell, in `first`. The other three of a word in `split` are in
+// `rest`, apart, so that memory in which no word is split has no use for it.
 struct Shadow {
-  Cell* cells;
+  Cell *first, *rest;
   std::uint8_t* split;
   std::uint8_t* written;  // of global memory; shared memory is written if this block has written it
   void* mapping;
   std::size_t mapping_bytes;
+
+  Cell& cell(std::size_t word, std::size_t byte) { return byte == 0 ? first[word] : rest[word * 3 + byte - 1]; }
 
   static Shadow* make(std::size_t bytes, bool global);
   static void destroy(Shadow* shadow);
@@ -108,6 +115,7 @@ struct Thread {
 
 struct Warp {
   unsigned first, lanes;
+  unsigned waiting;  // lanes in an operation of the warp
   std::uint32_t counter;
 };
 
@@ -134,7 +142,8 @@ struct Worker {
 
   // Memory.
   std::vector<Region> regions;  // by address
-  const Region* last = nullptr;
+  static constexpr std::size_t kRecent = 64;
+  std::array<const Region*, kRecent> recent{};  // by page
   std::vector<Shadow*> shared_shadows;
   Shadow* dynamic_shadow = nullptr;
   std::size_t dynamic_capacity = 0;
@@ -202,7 +211,7 @@ void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access acc
 [[noreturn]] void fail(Thread& thread, const std::string& what, const void* caller);
 
 std::string text(const Index3& index);
-std::string thread_text(const Worker& worker, unsigned thread);
+Index3 position_of(std::uint64_t index, const Index3& extent);
 
 // What an atomic operation at `address` hands on and takes over.
 void release_and_learn(Thread& thread, std::uintptr_t address);

@@ -47,7 +47,8 @@ Shadow* Shadow::make(std::size_t bytes, bool global) {
     throw std::bad_alloc();
   }
   auto* const memory = static_cast<std::uint8_t*>(shadow->mapping);
-  shadow->cells = reinterpret_cast<Cell*>(memory);
+  shadow->first = reinterpret_cast<Cell*>(memory);
+  shadow->rest = shadow->first + words;
   shadow->split = memory + cells;
   shadow->written = global ? memory + cells + split : nullptr;
   return shadow;
@@ -183,55 +184,94 @@ bool knows(const Thread& thread, std::uint32_t block, std::uint32_t epoch, unsig
   return knows(thread, [&](const Release& release) { return includes(release, block, epoch, other, clock); });
 }
 
+enum class Verdict : std::uint8_t { kFine, kUnwritten, kAfterWrite, kAfterAtomic, kAfterRead };
+
+bool reads(Access access) { return access != Access::kWrite && access != Access::kAtomicWrite; }
+bool writes(Access access) { return access != Access::kRead && access != Access::kAtomicRead; }
+bool is_atomic(Access access) { return access != Access::kRead && access != Access::kWrite; }
+
+// The rules for one access by one thread, for a byte at a time.
 struct Judge {
   const Thread& thread;
+  const Worker& worker;
+  const Access access;
   const bool shared;
-  const bool atomic;
 
-  const Worker& worker() const { return *thread.worker; }
-
-  // Shared memory forgets other blocks; global memory forgets other launches.
-  bool forgotten(std::uint32_t block) const {
-    return shared ? block != worker().number : block < worker().machine->first_number;
+  Verdict judge(Cell& cell) const {
+    const std::uint32_t number = worker.number;
+    if (shared && reads(access) && cell.write.block != number && cell.atomic.block != number) {
+      return Verdict::kUnwritten;
+    }
+    if (!after(cell.write)) {
+      return Verdict::kAfterWrite;
+    }
+    if (access == Access::kAtomicRead) {
+      return Verdict::kFine;
+    }
+    if (!is_atomic(access) && !after(cell.atomic)) {
+      return Verdict::kAfterAtomic;
+    }
+    if (access == Access::kRead) {
+      note_read(cell);
+      return Verdict::kFine;
+    }
+    if (!after_reads(cell)) {
+      return Verdict::kAfterRead;
+    }
+    const Touch own{number, worker.epoch, thread.clock, thread.index};
+    if (is_atomic(access)) {
+      cell.atomic = own;  // of several that nothing orders, the last stands for all
+    } else {
+      cell.write = own;
+      cell.atomic.block = 0;
+    }
+    cell.read.block = 0;
+    cell.read.warp = 0;
+    return Verdict::kFine;
   }
 
-  bool after_write(const Cell& cell) const {
-    if (forgotten(cell.write_block) || (atomic && cell.write_atomic)) {
+ private:
+  // Shared memory forgets other blocks; global memory forgets other launches.
+  bool forgotten(std::uint32_t block) const {
+    return shared ? block != worker.number : block < worker.machine->first_number;
+  }
+
+  bool after(const Touch& touch) const {
+    if (forgotten(touch.block)) {
       return true;
     }
-    if (cell.write_block == worker().number) {
-      if (cell.write_epoch != worker().epoch || cell.write_thread == thread.index) {
+    if (touch.block == worker.number) {
+      if (touch.epoch != worker.epoch || touch.thread == thread.index) {
         return true;
       }
-      if (cell.write_thread / kWarp == thread.index / kWarp &&
-          thread.seen[cell.write_thread % kWarp] >= cell.write_clock) {
+      if (touch.thread / kWarp == thread.index / kWarp && thread.seen[touch.thread % kWarp] >= touch.clock) {
         return true;
       }
     }
-    return knows(thread, cell.write_block, cell.write_epoch, cell.write_thread, cell.write_clock);
+    return knows(thread, touch.block, touch.epoch, touch.thread, touch.clock);
   }
 
   bool after_reads(const Cell& cell) const {
-    if (forgotten(cell.read_block)) {
+    if (forgotten(cell.read.block)) {
       return true;
     }
-    if (cell.read_warp == Cell::kSeveralBlocks) {
+    if (cell.read.warp == Cell::kSeveralBlocks) {
       return after_several_blocks(cell);
     }
-    const bool same_block = cell.read_block == worker().number;
-    if (same_block && cell.read_epoch != worker().epoch) {
+    const bool same_block = cell.read.block == worker.number;
+    if (same_block && cell.read.epoch != worker.epoch) {
       return true;
     }
-    if (cell.read_warp == Cell::kSeveralWarps) {
-      return knows(thread, [&](const Release& r) { return r.block == cell.read_block && r.epoch > cell.read_epoch; });
+    if (cell.read.warp == Cell::kSeveralWarps) {
+      return knows(thread, [&](const Release& r) { return r.block == cell.read.block && r.epoch > cell.read.epoch; });
     }
-    const bool same_warp = same_block && cell.read_warp == thread.index / kWarp;
+    const bool same_warp = same_block && cell.read.warp == thread.index / kWarp;
     for (unsigned lane = 0; lane < kWarp; ++lane) {
-      if ((cell.read_lanes >> lane & 1) == 0 || (same_warp && lane == thread.lane)) {
+      if ((cell.read.lanes >> lane & 1) == 0 || (same_warp && lane == thread.lane)) {
         continue;
       }
-      if (!(same_warp && thread.seen[lane] >= cell.read_clock) &&
-          !knows(thread, cell.read_block, cell.read_epoch, cell.read_warp * kWarp + lane, cell.read_clock)) {
+      if (!(same_warp && thread.seen[lane] >= cell.read.clock) &&
+          !knows(thread, cell.read.block, cell.read.epoch, cell.read.warp * kWarp + lane, cell.read.clock)) {
         return false;
       }
     }
@@ -240,89 +280,46 @@ struct Judge {
 
   // Which blocks is not kept, so every other block of the launch must have released its reads.
   bool after_several_blocks(const Cell& cell) const {
-    const Machine& machine = *worker().machine;
+    const Machine& machine = *worker.machine;
     for (std::uint64_t i = 0; i < machine.blocks; ++i) {
       const std::uint32_t block = machine.first_number + static_cast<std::uint32_t>(i);
       const auto released = [&](const Release& r) {
         return r.block == block &&
-               (r.epoch > cell.read_epoch || (cell.read_lanes != Cell::kSeveralThreads && r.epoch == cell.read_epoch &&
-                                              cell.read_clock <= r.clocks[cell.read_lanes]));
+               (r.epoch > cell.read.epoch || (cell.read.lanes != Cell::kSeveralThreads && r.epoch == cell.read.epoch &&
+                                              cell.read.clock <= r.clocks[cell.read.lanes]));
       };
-      if (block != worker().number && !knows(thread, released)) {
+      if (block != worker.number && !knows(thread, released)) {
         return false;
       }
     }
     return true;
   }
 
-  void read(Cell& cell) const {
-    const std::uint32_t block = worker().number, epoch = worker().epoch, bit = 1u << thread.lane;
-    const auto warp = static_cast<std::uint8_t>(thread.index / kWarp);
-    if (cell.read_warp != Cell::kSeveralBlocks && cell.read_block == block && cell.read_epoch == epoch) {
-      if (cell.read_warp == warp) {
-        cell.read_lanes |= bit;
-        cell.read_clock = std::max(cell.read_clock, thread.clock);
-      } else if (cell.read_warp != Cell::kSeveralWarps) {
-        cell.read_warp = Cell::kSeveralWarps;
+  void note_read(Cell& cell) const {
+    auto& read = cell.read;
+    const std::uint32_t warp = thread.index / kWarp, bit = 1u << thread.lane;
+    const bool own_block = read.block == worker.number && read.warp != Cell::kSeveralBlocks;
+    if (own_block && read.epoch == worker.epoch) {
+      if (read.warp == warp) {
+        read.lanes |= bit;
+        read.clock = std::max(read.clock, thread.clock);
+      } else {
+        read.warp = Cell::kSeveralWarps;
       }
-    } else if (cell.read_block == block && cell.read_warp != Cell::kSeveralBlocks) {
-      set_reader(cell, block, epoch, warp, bit);
-    } else if (after_reads(cell)) {
-      set_reader(cell, block, epoch, warp, bit);
+    } else if (own_block || after_reads(cell)) {
+      read = {worker.number, worker.epoch, thread.clock, bit, warp};
     } else {
       std::uint32_t before = Cell::kSeveralThreads;
-      if (cell.read_warp == Cell::kSeveralBlocks) {
-        before = cell.read_lanes;
-      } else if (cell.read_warp != Cell::kSeveralWarps && (cell.read_lanes & (cell.read_lanes - 1)) == 0) {
-        before = cell.read_warp * kWarp + static_cast<unsigned>(__builtin_ctz(cell.read_lanes));
+      if (read.warp == Cell::kSeveralBlocks) {
+        before = read.lanes;
+      } else if (read.warp != Cell::kSeveralWarps && (read.lanes & (read.lanes - 1)) == 0) {
+        before = read.warp * kWarp + static_cast<unsigned>(__builtin_ctz(read.lanes));
       }
-      cell.read_warp = Cell::kSeveralBlocks;
-      cell.read_block = block;
-      cell.read_epoch = std::max(cell.read_epoch, epoch);
-      cell.read_clock = std::max(cell.read_clock, thread.clock);
-      cell.read_lanes = before == thread.index ? before : Cell::kSeveralThreads;
+      read = {worker.number, std::max(read.epoch, worker.epoch), std::max(read.clock, thread.clock),
+              before == thread.index ? before : Cell::kSeveralThreads, Cell::kSeveralBlocks};
     }
-  }
-
-  void set_reader(Cell& cell, std::uint32_t block, std::uint32_t epoch, std::uint8_t warp, std::uint32_t bit) const {
-    cell.read_block = block;
-    cell.read_epoch = epoch;
-    cell.read_warp = warp;
-    cell.read_clock = thread.clock;
-    cell.read_lanes = bit;
-  }
-
-  void write(Cell& cell) const {
-    cell.write_block = worker().number;
-    cell.write_epoch = worker().epoch;
-    cell.write_clock = thread.clock;
-    cell.write_thread = static_cast<std::uint16_t>(thread.index);
-    cell.write_atomic = atomic;
-    cell.read_block = 0;
-    cell.read_warp = 0;
   }
 };
-
-enum class Verdict : std::uint8_t { kFine, kUnwritten, kAfterWrite, kAfterRead };
-
-Verdict judge(const Judge& judge, Cell& cell, Access access) {
-  if (judge.shared && access != Access::kWrite && access != Access::kAtomicWrite &&
-      cell.write_block != judge.worker().number) {
-    return Verdict::kUnwritten;
-  }
-  if (!judge.after_write(cell)) {
-    return Verdict::kAfterWrite;
-  }
-  if (access == Access::kRead) {
-    judge.read(cell);
-  } else if (access != Access::kAtomicRead) {
-    if (!judge.after_reads(cell)) {
-      return Verdict::kAfterRead;
-    }
-    judge.write(cell);
-  }
-  return Verdict::kFine;
-}
 
 // One at a time touches a cell of global memory.
 class CellLock {
@@ -370,6 +367,11 @@ std::string place(const Region& region, std::uintptr_t address) {
 [[noreturn]] void fail_bounds(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access,
                               const void* caller) {
   const std::string what = verb(access, bytes);
+  for (const Thread& other : thread.worker->threads) {
+    if (address >= other.stack_low && address < other.stack_high) {
+      fail(thread, what + " of a local variable of thread " + text(other.position), caller);
+    }
+  }
   const Region* nearest = nullptr;
   std::uintptr_t least = std::uintptr_t{1} << 40;
   for (const Region& region : thread.worker->regions) {
@@ -406,41 +408,40 @@ std::string place(const Region& region, std::uintptr_t address) {
 [[noreturn]] void fail_verdict(Thread& thread, const Region& region, std::uintptr_t address, std::size_t bytes,
                                Access access, const Cell& cell, Verdict verdict, const void* caller) {
   const Worker& worker = *thread.worker;
-  std::string what = verb(access, bytes) + place(region, address) + ", ";
+  const std::string what = verb(access, bytes) + place(region, address) + ", which ";
   if (verdict == Verdict::kUnwritten) {
-    fail(thread, what + "which nothing has written", caller);
+    fail(thread, what + "nothing has written", caller);
   }
-  what = "race: " + what;
-  const bool wrote = verdict == Verdict::kAfterWrite;
-  const std::uint32_t block = wrote ? cell.write_block : cell.read_block;
-  const bool several_blocks = !wrote && cell.read_warp == Cell::kSeveralBlocks;
-  if (several_blocks) {
-    fail(thread, what + "which other blocks read, and nothing orders the two", caller);
+  if (verdict == Verdict::kAfterRead && cell.read.warp == Cell::kSeveralBlocks) {
+    fail(thread, what + "other blocks read, and nothing orders the blocks: race", caller);
   }
+  const Touch& touch = verdict == Verdict::kAfterAtomic ? cell.atomic : cell.write;
+  std::uint32_t block = touch.block, other = touch.thread;
   std::string who;
-  if (block != worker.number) {
-    const std::uint64_t i = block - worker.machine->first_number;
-    const Index3 grid = worker.machine->launch->grid;
-    who = "block " + text({static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                           static_cast<unsigned>(i / grid.x / grid.y)}) + " ";
+  if (verdict == Verdict::kAfterRead) {
+    block = cell.read.block;
+    const bool own_warp = block == worker.number && cell.read.warp == thread.index / kWarp;
+    const std::uint32_t lanes = cell.read.lanes & ~(own_warp ? 1u << thread.lane : 0);
+    other = cell.read.warp * kWarp + static_cast<unsigned>(__builtin_ctz(lanes | 1u << 31));
   }
-  if (wrote) {
-    who += "thread " + thread_text(worker, cell.write_thread);
-  } else if (cell.read_warp == Cell::kSeveralWarps) {
+  if (block != worker.number) {
+    who = "block " + text(position_of(block - worker.machine->first_number, worker.machine->launch->grid)) + " ";
+  }
+  if (verdict == Verdict::kAfterRead && cell.read.warp == Cell::kSeveralWarps) {
     who += "threads of several warps";
   } else {
-    std::uint32_t lanes = cell.read_lanes;
-    if (block == worker.number && cell.read_warp == thread.index / kWarp && (lanes & ~(1u << thread.lane)) != 0) {
-      lanes &= ~(1u << thread.lane);
-    }
-    who += "thread " + thread_text(worker, cell.read_warp * kWarp + static_cast<unsigned>(__builtin_ctz(lanes)));
+    who += "thread " + text(position_of(other, worker.machine->launch->block));
   }
-  const char* const did = !wrote ? " read" : cell.write_atomic ? " updated atomically" : " wrote";
-  const char* const order = block != worker.number ? ", and nothing orders the two blocks" : ", with no barrier in between";
-  fail(thread, what + "which " + who + did + order, caller);
+  const char* const did = verdict == Verdict::kAfterRead     ? " read"
+                          : verdict == Verdict::kAfterAtomic ? " updated atomically"
+                                                             : " wrote";
+  fail(thread,
+       what + who + did + (block != worker.number ? ", and nothing orders the blocks: race" : " with no barrier in between: race"),
+       caller);
 }
 
-constexpr std::uint64_t kMostTouches = std::uint64_t{1} << 30;
+// A thread that touches memory more often is taken to wait for another for ever.
+constexpr std::uint64_t kMostTouches = std::uint64_t{1} << 24;
 
 }  // namespace
 
@@ -450,24 +451,25 @@ void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access acc
   }
   Worker& worker = *thread.worker;
   if (++thread.touches > kMostTouches) {
-    fail(thread, "does not end: it has touched memory " + std::to_string(kMostTouches) + " times", caller);
+    fail(thread, "does not end: it has touched memory more than " + std::to_string(kMostTouches) + " times", caller);
   }
-  const Region* region = worker.last;
+  if (address >= thread.stack_low && address < thread.stack_high) {
+    return;
+  }
+  const Region*& recent = worker.recent[address / 4096 % Worker::kRecent];
+  const Region* region = recent;
   if (region == nullptr || address < region->begin || address >= region->end) {
-    if (address >= thread.stack_low && address < thread.stack_high) {
-      return;
-    }
     region = find(worker, address);
     if (region == nullptr) {
       fail_bounds(thread, address, bytes, access, caller);
     }
-    worker.last = region;
+    recent = region;
   }
   if (address < region->begin || address + bytes > region->end) {
     fail_bounds(thread, address, bytes, access, caller);
   }
   if (region->shadow == nullptr) {
-    if (access != Access::kRead && access != Access::kAtomicRead) {
+    if (writes(access)) {
       fail(thread, verb(access, bytes) + place(*region, address) + ", which is read-only", caller);
     }
     return;
@@ -475,51 +477,52 @@ void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access acc
 
   Shadow& shadow = *region->shadow;
   const bool global = region->kind == Region::Kind::kGlobal;
-  const bool pure_write = access == Access::kWrite || access == Access::kAtomicWrite;
   const std::size_t offset = address - first_word(*region);
   if (global) {
     std::uint8_t* const written = shadow.written + offset;
-    for (std::size_t i = 0; i < bytes; ++i) {
-      if (!pure_write && written[i] == 0) {
+    for (std::size_t i = 0; reads(access) && i < bytes; ++i) {
+      if (written[i] == 0) {
         fail_verdict(thread, *region, address, bytes, access, {}, Verdict::kUnwritten, caller);
       }
-      if (access != Access::kRead && access != Access::kAtomicRead) {
-        written[i] = kSeen;
-      }
+    }
+    for (std::size_t i = 0; writes(access) && i < bytes; ++i) {
+      written[i] = kSeen;
     }
   }
 
-  const Judge rules{thread, !global, access != Access::kRead && access != Access::kWrite};
+  const Judge rules{thread, worker, access, !global};
   Verdict verdict = Verdict::kFine;
-  Cell culprit{};
+  const Cell* culprit = nullptr;
   std::size_t at = offset;
   const std::size_t end = offset + bytes;
   while (at < end && verdict == Verdict::kFine) {
     const CellLock lock(global && worker.machine->parallel, address - offset + at);
     const std::size_t word = at / 4;
-    Cell* const cells = shadow.cells + word * 4;
     const bool whole = at % 4 == 0 && end - at >= 4;
     if (whole && shadow.split[word] == 0) {
-      verdict = judge(rules, cells[0], access);
-      culprit = verdict == Verdict::kFine ? culprit : cells[0];
+      culprit = &shadow.first[word];
+      verdict = rules.judge(shadow.first[word]);
       at += 4;
       continue;
     }
     if (shadow.split[word] == 0) {
-      cells[1] = cells[2] = cells[3] = cells[0];
+      for (std::size_t byte = 1; byte < 4; ++byte) {
+        shadow.cell(word, byte) = shadow.first[word];
+      }
       shadow.split[word] = 1;
     }
     const std::size_t stop = std::min(end, word * 4 + 4);
     for (; at < stop && verdict == Verdict::kFine; ++at) {
-      verdict = judge(rules, cells[at % 4], access);
-      culprit = verdict == Verdict::kFine ? culprit : cells[at % 4];
+      Cell& cell = shadow.cell(word, at % 4);
+      culprit = &cell;
+      verdict = rules.judge(cell);
     }
-    if (whole && verdict == Verdict::kFine && access != Access::kRead && access != Access::kAtomicRead) {
+    if (whole && verdict == Verdict::kFine && access == Access::kWrite) {
       shadow.split[word] = 0;
     }
   }
   if (verdict != Verdict::kFine) {
-    fail_verdict(thread, *region, address, bytes, access, culprit, verdict, caller);
+    fail_verdict(thread, *region, address, bytes, access, *culprit, verdict, caller);
   }
 }
 

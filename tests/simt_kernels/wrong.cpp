@@ -1,0 +1,483 @@
+// Kernels that are wrong on purpose, `kernel<true>`, and the same kernels put right, `kernel<false>`.
+// All are launched with `count` floats to read and as many, unwritten, to write.
+
+#include "cuda/device.h"
+#include "simt/bindings.h"
+
+#include <cstring>
+
+namespace {
+
+using efficientad_fast::cuda::launch;
+using efficientad_fast::simt::Buffer;
+
+__device__ __forceinline__ int global_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+
+// Bounds
+
+template <bool kWrong>
+__global__ void read_past_end(const float* in, float* out, int count) {
+  const int i = global_thread();
+  const float next = kWrong || i + 1 < count ? in[i + 1] : 0.0f;
+  if (i < count) {
+    out[i] = next;
+  }
+}
+
+template <bool kWrong>
+__global__ void read_before_begin(const float* in, float* out, int) {
+  const int i = global_thread();
+  out[i] = in[kWrong || i > 0 ? i - 1 : 0];
+}
+
+template <bool kWrong>
+__global__ void write_past_end(const float* in, float* out, int count) {
+  const int i = global_thread();
+  if (kWrong ? i <= count : i < count) {
+    out[i] = in[0];
+  }
+}
+
+// An index twice too large: not next to the buffer, and not in another one either.
+template <bool kWrong>
+__global__ void stride_too_large(const float* in, float* out, int) {
+  const int i = global_thread();
+  out[i] = in[kWrong ? 2 * i : i];
+}
+
+template <bool kWrong>
+__global__ void write_read_only(const float* in, float* out, int) {
+  const int i = global_thread();
+  out[i] = in[i];
+  if (kWrong) {
+    const_cast<float*>(in)[i] = 0.0f;
+  }
+}
+
+template <bool kWrong>
+__global__ void null_pointer(const float* in, float* out, int) {
+  const float* const from = kWrong ? nullptr : in;
+  out[global_thread()] = from[3];
+}
+
+template <bool kWrong>
+__global__ void wild_pointer(const float* in, float* out, int) {
+  const auto address = reinterpret_cast<std::uintptr_t>(in) ^ (kWrong ? std::uintptr_t{1} << 45 : 0);
+  out[global_thread()] = *reinterpret_cast<const float*>(address);
+}
+
+template <bool kWrong>
+__global__ void misaligned_vector(const float* in, float* out, int) {
+  const float4 four = *reinterpret_cast<const float4*>(in + (kWrong ? 1 : 4));
+  out[global_thread()] = four.x;
+}
+
+template <bool kWrong>
+__global__ void copy_past_end(const float* in, float* out, int count) {
+  if (threadIdx.x == 0) {
+    memcpy(out, in, (count + (kWrong ? 1 : 0)) * sizeof(float));
+  }
+}
+
+template <bool kWrong>
+__global__ void fill_past_end(const float*, float* out, int count) {
+  if (threadIdx.x == 0) {
+    memset(out, 0, (count + (kWrong ? 1 : 0)) * sizeof(float));
+  }
+}
+
+struct Wide {
+  float values[8];
+};
+
+template <bool kWrong>
+__global__ void structure_past_end(const float* in, float* out, int count) {
+  const int i = 8 * global_thread();
+  if (kWrong ? i <= count : i < count) {
+    *reinterpret_cast<Wide*>(out + i) = *reinterpret_cast<const Wide*>(in + (i < count ? i : 0));
+  }
+}
+
+template <bool kWrong>
+__global__ void shared_off_by_one(const float* in, float* out, int) {
+  __shared__ float before[64];
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  before[t] = 0.0f;
+  tile[t + (kWrong ? 1 : 0)] = in[t];
+  __syncthreads();
+  out[t] = tile[t] + before[t];
+}
+
+template <bool kWrong>
+__global__ void shared_row_too_far(const float* in, float* out, int) {
+  __shared__ float tile[8][8];
+  __shared__ float after[64];
+  const int t = static_cast<int>(threadIdx.x);
+  after[t] = 0.0f;
+  tile[t / 8][t % 8] = in[t];
+  __syncthreads();
+  out[t] = tile[t / 8 + (kWrong ? 1 : 0)][t % 8] + after[t];
+}
+
+template <bool kWrong>
+__global__ void dynamic_shared_too_small(const float* in, float* out, int) {
+  EFFICIENTAD_FAST_DYNAMIC_SHARED(float, tile);
+  const int t = static_cast<int>(threadIdx.x);
+  tile[kWrong ? t + 1 : t] = in[t];
+  out[t] = tile[kWrong ? t + 1 : t];
+}
+
+template <bool kWrong>
+__global__ void local_of_another_thread(const float* in, float* out, int) {
+  __shared__ const float* pointers[64];
+  const int t = static_cast<int>(threadIdx.x);
+  float own = in[t];
+  pointers[t] = &own;
+  __syncthreads();
+  out[t] = *pointers[kWrong ? t ^ 1 : t];
+  __syncthreads();
+}
+
+__device__ __attribute__((noinline)) float descend(const float* in, int depth) {
+  float room[1024];
+  for (int i = 0; i < 1024; ++i) {
+    room[i] = in[i % 64];
+  }
+  const float below = depth > 0 ? descend(room, depth - 1) : 0.0f;
+  return room[depth % 64] + below;
+}
+
+template <bool kWrong>
+__global__ void too_much_local_memory(const float* in, float* out, int) {
+  out[global_thread()] = descend(in, kWrong ? 1000 : 3);
+}
+
+// Initialisation
+
+template <bool kWrong>
+__global__ void unwritten_shared(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  if (!kWrong || t != 40) {
+    tile[t] = in[t];
+  }
+  __syncthreads();
+  out[t] = tile[63 - t];
+}
+
+// Each block writes its own half, but reads both: what the other block left there is not its own.
+template <bool kWrong>
+__global__ void shared_of_another_block(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  tile[block * 32 + t] = in[t];
+  __syncthreads();
+  out[block * 32 + t] = tile[kWrong ? t : block * 32 + t];
+}
+
+template <bool kWrong>
+__global__ void unwritten_output(const float* in, float* out, int) {
+  const int i = global_thread();
+  if (kWrong) {
+    out[i] += in[i];
+  } else {
+    out[i] = in[i];
+  }
+}
+
+template <bool kWrong>
+__global__ void unwritten_counter(const float*, float* out, int) {
+  if (!kWrong) {
+    if (threadIdx.x == 0) {
+      out[0] = 0.0f;
+    }
+    __syncthreads();
+  }
+  atomicAdd(out, 1.0f);
+}
+
+// Races
+
+template <bool kWrong>
+__global__ void missing_barrier(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  tile[t] = in[t];
+  if (!kWrong) {
+    __syncthreads();
+  }
+  out[t] = tile[t > 0 ? t - 1 : 0];
+}
+
+// The barrier after the reads is as needed as that before them.
+template <bool kWrong>
+__global__ void missing_second_barrier(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  float sum = 0.0f;
+  for (int round = 0; round < 2; ++round) {
+    tile[t] = in[t];
+    __syncthreads();
+    sum += tile[63 - t];
+    if (!kWrong) {
+      __syncthreads();
+    }
+  }
+  out[t] = sum;
+}
+
+template <bool kWrong>
+__global__ void missing_syncwarp(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  tile[t] = in[t];
+  if (!kWrong) {
+    __syncwarp();
+  }
+  out[t] = tile[t % 32 > 0 ? t - 1 : t];
+}
+
+// __syncwarp orders the lanes of one warp, and no others.
+template <bool kWrong>
+__global__ void syncwarp_for_syncthreads(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  tile[t] = in[t];
+  if (kWrong) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  out[t] = tile[t < 32 ? t : t - 32];
+}
+
+template <bool kWrong>
+__global__ void half_a_syncwarp(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x), lane = t % 32;
+  tile[t] = in[t];
+  __syncwarp(lane < 16 ? 0x0000ffffu : 0xffff0000u);
+  out[t] = tile[kWrong ? (lane < 16 ? t : t - 16) : t ^ 1];
+}
+
+template <bool kWrong>
+__global__ void same_byte(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  reinterpret_cast<unsigned char*>(out)[kWrong ? t / 2 : t] = static_cast<unsigned char>(in[t]);
+}
+
+template <bool kWrong>
+__global__ void race_in_global(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  if (!kWrong) {
+    __syncthreads();
+  }
+  const float left = out[t > 0 ? t - 1 : 0];
+  __syncthreads();
+  out[t] = left;
+}
+
+template <bool kWrong>
+__global__ void race_of_blocks_writing(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  out[kWrong ? t : block * 32 + t] = in[t];
+}
+
+template <bool kWrong>
+__global__ void race_of_blocks_reading(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  out[block * 32 + t] = in[t];
+  __syncthreads();
+  if (kWrong ? block == 1 : false) {
+    out[block * 32 + t] = out[t];
+  }
+}
+
+template <bool kWrong>
+__global__ void plain_and_atomic(const float*, float* out, int) {
+  auto* const counter = reinterpret_cast<unsigned*>(out);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    counter[kWrong ? 1 : 0] = 0;
+  }
+  __syncthreads();
+  if (kWrong || blockIdx.x == 0) {
+    atomicAdd(counter + (kWrong ? 1 : 0), 1u);
+  }
+}
+
+// The block that comes last adds up what all have written. out[0] is the sum, out[1] the ticket, the rest partial sums.
+template <bool kWrong>
+__global__ void missing_fence(const float* in, float* out, int) {
+  __shared__ bool last;
+  auto* const ticket = reinterpret_cast<unsigned*>(out + 1);
+  if (threadIdx.x == 0) {
+    out[2 + blockIdx.x] = in[blockIdx.x];
+    if (!kWrong) {
+      __threadfence();
+    }
+    last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (last && threadIdx.x == 0) {
+    float sum = 0.0f;
+    for (unsigned i = 0; i < gridDim.x; ++i) {
+      sum += out[2 + i];
+    }
+    out[0] = sum;
+  }
+}
+
+// Barriers and warps
+
+template <bool kWrong>
+__global__ void divergent_barrier(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  if (kWrong && t >= 40) {
+    return;
+  }
+  __syncthreads();
+  out[t] = in[t];
+}
+
+template <bool kWrong>
+__global__ void different_barriers(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  if (kWrong && t >= 32) {
+    __syncthreads();
+  } else {
+    __syncthreads_or(t);
+  }
+  out[t] = in[t];
+}
+
+template <bool kWrong>
+__global__ void warp_waits_for_barrier(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  if (kWrong && t == 7) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  out[t] = in[t];
+}
+
+template <bool kWrong>
+__global__ void different_warp_operations(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  const float other =
+      kWrong && t % 2 == 1 ? __shfl_down_sync(0xffffffffu, in[t], 1) : __shfl_xor_sync(0xffffffffu, in[t], 1);
+  out[t] = other;
+}
+
+template <bool kWrong>
+__global__ void shuffle_outside_mask(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), lane = t % 32;
+  out[t] = in[t];
+  if (lane < 16) {
+    out[t] = __shfl_xor_sync(0x0000ffffu, in[t], kWrong ? 16 : 8);
+  }
+}
+
+template <bool kWrong>
+__global__ void shuffle_from_exited(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  if (t == 5) {
+    return;
+  }
+  out[t] = __shfl_sync(0xffffffffu, in[t], kWrong ? 5 : 6);
+}
+
+template <bool kWrong>
+__global__ void shuffle_from_missing_lane(const float* in, float* out, int) {  // 40 threads: 8 lanes in the second warp
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = __shfl_xor_sync(0xffffffffu, in[t], kWrong ? 8 : 4);
+}
+
+template <bool kWrong>
+__global__ void not_in_own_mask(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  if (t < 17) {
+    __syncwarp(kWrong ? 0x0000ffffu : 0x0001ffffu);
+  }
+}
+
+template <bool kWrong>
+__global__ void waits_for_ever(const float*, float* out, int) {
+  auto* const flag = reinterpret_cast<int*>(out);
+  if (threadIdx.x == 0) {
+    atomicExch(flag, kWrong ? 0 : 1);
+  }
+  __syncthreads();
+  if (threadIdx.x == 1) {
+    while (atomicAdd(flag, 0) == 0) {
+    }
+  }
+}
+
+template <bool kWrong>
+__global__ void trapped(const float* in, float* out, int) {
+  const int i = global_thread();
+  out[i] = in[i];
+  if (kWrong && in[i] == 9.0f) {
+    __trap();
+  }
+}
+
+}  // namespace
+
+#define BOTH(name, grid, block, dynamic_bytes)                                                                       \
+  m.def(#name, [](const Buffer& in, const Buffer& out, bool wrong) {                                                 \
+    launch(wrong ? name<true> : name<false>, grid, block, dynamic_bytes, nullptr, in.as<float>(), out.as<float>(),   \
+           static_cast<int>(in.bytes() / sizeof(float)));                                                            \
+  })
+
+EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
+  BOTH(read_past_end, 2, 32, 0);
+  BOTH(read_before_begin, 2, 32, 0);
+  BOTH(write_past_end, 3, 32, 0);
+  BOTH(stride_too_large, 2, 32, 0);
+  BOTH(write_read_only, 2, 32, 0);
+  BOTH(null_pointer, 2, 32, 0);
+  BOTH(wild_pointer, 2, 32, 0);
+  BOTH(misaligned_vector, 1, 32, 0);
+  BOTH(copy_past_end, 1, 32, 0);
+  BOTH(fill_past_end, 1, 32, 0);
+  BOTH(structure_past_end, 1, 32, 0);
+  BOTH(shared_off_by_one, 1, 64, 0);
+  BOTH(shared_row_too_far, 1, 64, 0);
+  BOTH(dynamic_shared_too_small, 1, 64, 64 * sizeof(float));
+  BOTH(local_of_another_thread, 1, 64, 0);
+  BOTH(too_much_local_memory, 1, 1, 0);
+  BOTH(unwritten_shared, 1, 64, 0);
+  BOTH(shared_of_another_block, 2, 32, 0);
+  BOTH(unwritten_output, 2, 32, 0);
+  BOTH(unwritten_counter, 1, 64, 0);
+  BOTH(missing_barrier, 1, 64, 0);
+  BOTH(missing_second_barrier, 1, 64, 0);
+  BOTH(missing_syncwarp, 1, 64, 0);
+  BOTH(syncwarp_for_syncthreads, 1, 64, 0);
+  BOTH(half_a_syncwarp, 1, 64, 0);
+  BOTH(same_byte, 1, 64, 0);
+  BOTH(race_in_global, 1, 64, 0);
+  BOTH(race_of_blocks_writing, 2, 32, 0);
+  BOTH(race_of_blocks_reading, 2, 32, 0);
+  BOTH(plain_and_atomic, 2, 32, 0);
+  BOTH(missing_fence, 8, 32, 0);
+  BOTH(divergent_barrier, 1, 64, 0);
+  BOTH(different_barriers, 1, 64, 0);
+  BOTH(warp_waits_for_barrier, 1, 64, 0);
+  BOTH(different_warp_operations, 1, 64, 0);
+  BOTH(shuffle_outside_mask, 1, 64, 0);
+  BOTH(shuffle_from_exited, 1, 32, 0);
+  BOTH(shuffle_from_missing_lane, 1, 40, 0);
+  BOTH(not_in_own_mask, 1, 64, 0);
+  BOTH(waits_for_ever, 1, 32, 0);
+  BOTH(trapped, 2, 32, 0);
+  m.def("launch_shape", [](const Buffer& in, const Buffer& out, unsigned grid, unsigned block, std::size_t dynamic_bytes) {
+    launch(unwritten_output<false>, grid, block, dynamic_bytes, nullptr, in.as<float>(), out.as<float>(), 0);
+  });
+}
