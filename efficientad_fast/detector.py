@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from efficientad_fast import ops
-from efficientad_fast.data.decode import decode_image
+from efficientad_fast.data.decode import check_decode_options, decode_image
 from efficientad_fast.data.folders import list_images
 from efficientad_fast.errors import DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
@@ -43,21 +43,50 @@ MapSize = Literal["network", "original"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input; see ``reference.preprocess``.
+    """How an image becomes the network's input; see ``data.decode`` and ``reference.preprocess``.
+
+    Attributes:
+        size: height and width in pixels.
+        mean, std: of each channel, in units of [0, 1].
+        max_value: what white is in 16-bit images, such as 4095 for a 12-bit camera; ``None``: 65535 in files, and
+            arrays must come with their own.
+        apply_exif: turn photographs upright as their EXIF data says.
 
     Raises:
-        InputError: a size that the networks do not admit, or an unknown resize method.
+        InputError: a size that the networks do not admit, or another value that cannot be.
     """
 
     size: tuple[int, int] = (256, 256)
     resize: Resize = "antialias"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    max_value: int | None = None
+    apply_exif: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", check_network_size(self.size))
         if self.resize not in get_args(Resize):
             raise InputError(f"resize must be one of {', '.join(get_args(Resize))}, got {self.resize!r}.")
+        for name in ("mean", "std"):
+            values = tuple(getattr(self, name))
+            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and 0 in values):
+                wanted = "three finite numbers" + (", none of them zero" if name == "std" else "")
+                raise InputError(f"{name} must be {wanted}, got {values!r}.")
+        check_decode_options("rgb", self.max_value)
+
+    def decode(self, source: ImageSource, options: DecodeOptions | None = None) -> Tensor:
+        """``(3, H, W)``, uint8 or float32 in [0, 1]: ``source`` as :func:`data.decode.decode_image` reads it.
+
+        Args:
+            options: what differs for this image.
+        """
+        options = options or DecodeOptions()
+        return decode_image(
+            source,
+            channel_order=options.channel_order,
+            max_value=self.max_value if options.max_value is None else options.max_value,
+            apply_exif=self.apply_exif if options.apply_exif is None else options.apply_exif,
+        )
 
     def __call__(self, image: Tensor) -> Tensor:
         """``(3, H, W)`` uint8 or float in [0, 1] to ``(3, *size)`` float32, normalised."""
@@ -72,11 +101,11 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How arrays and files are read; see ``data.decode.decode_image``."""
+    """How arrays and files are read; see ``data.decode.decode_image``. ``None`` leaves it to the detector."""
 
     channel_order: str = "rgb"
     max_value: int | None = None
-    apply_exif: bool = False
+    apply_exif: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -239,6 +268,8 @@ class Detector:
                     resize=stored["resize"],
                     mean=tuple(stored["mean"]),
                     std=tuple(stored["std"]),
+                    max_value=stored["max_value"],
+                    apply_exif=stored["apply_exif"],
                 ),
                 map_convention=fields["map_convention"],
                 pad_maps=bool(fields["pad_maps"]),
@@ -302,7 +333,7 @@ class Detector:
         map_size: MapSize = "network",
         channel_order: str = "rgb",
         max_value: int | None = None,
-        apply_exif: bool = False,
+        apply_exif: bool | None = None,
     ) -> Prediction | list[Prediction] | Iterator[Prediction]:
         """Predict one image, several, a folder, or a stream.
 
@@ -319,8 +350,8 @@ class Detector:
             dtype: of the networks: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"float64"``.
             map_size: return maps at the network's size or each image's own. Scores are the same.
             channel_order: ``"rgb"`` or ``"bgr"`` (OpenCV), for arrays and tensors.
-            max_value: value of white, for uint16 arrays and 16-bit files.
-            apply_exif: turn photographs upright as their EXIF data says.
+            max_value: value of white, for uint16 arrays and 16-bit files, in place of the detector's own.
+            apply_exif: turn photographs upright as their EXIF data says, in place of the detector's own.
 
         Raises:
             ImageError: the one image given cannot be read. Among several, a bad one becomes a prediction with
@@ -362,8 +393,7 @@ class Detector:
         if map_size not in get_args(MapSize):
             raise InputError(f"map_size must be one of {', '.join(get_args(MapSize))}, got {map_size!r}.")
         options = decode or DecodeOptions()
-        if options.channel_order not in ("rgb", "bgr"):
-            raise InputError(f"channel_order must be 'rgb' or 'bgr', got {options.channel_order!r}.")
+        check_decode_options(options.channel_order, options.max_value)
         plan = self.plan(device, dtype)
         return self._run(images, plan, batch_size, map_size == "original", options)
 
@@ -461,7 +491,7 @@ def _decoding_ahead(
                     return
                 name = _name(source, index)
                 try:
-                    image = decode_image(source, **asdict(options))
+                    image = preprocessing.decode(source, options)
                     size = (image.shape[-2], image.shape[-1])
                     put(_Decoded(name, preprocessing(image), size))
                 except ImageError as error:

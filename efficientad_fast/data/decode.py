@@ -64,6 +64,19 @@ _CONVERSIONS = {
 _SIXTEEN_BITS = re.compile(r";16[BLN]\b")
 
 
+def check_decode_options(channel_order: str, max_value: int | None) -> None:
+    """Refuses, with an :class:`InputError`, what :func:`decode_image` does not know."""
+    if channel_order not in CHANNEL_ORDERS:
+        raise InputError(f"channel_order is {channel_order!r}; expected 'rgb', or 'bgr' for arrays from OpenCV")
+    if max_value is not None and (
+        isinstance(max_value, bool) or not isinstance(max_value, int | np.integer) or not 1 <= max_value <= _UINT16_MAX
+    ):
+        raise InputError(
+            f"max_value is {max_value!r}; expected an integer from 1 to 65535, the value that white has, such as "
+            f"4095 for 12 bits"
+        )
+
+
 def decode_image(
     source: str | os.PathLike[str] | Image.Image | NDArray[np.generic] | Tensor,
     *,
@@ -97,15 +110,7 @@ def decode_image(
         ImageError: the image cannot be read, or holds what is described nowhere above.
         InputError: ``channel_order`` or ``max_value`` is not one of the admitted values.
     """
-    if channel_order not in CHANNEL_ORDERS:
-        raise InputError(f"channel_order is {channel_order!r}; expected 'rgb', or 'bgr' for arrays from OpenCV")
-    if max_value is not None and (
-        isinstance(max_value, bool) or not isinstance(max_value, int | np.integer) or not 1 <= max_value <= _UINT16_MAX
-    ):
-        raise InputError(
-            f"max_value is {max_value!r}; expected an integer from 1 to 65535, the value that white has, such as "
-            f"4095 for 12 bits"
-        )
+    check_decode_options(channel_order, max_value)
     if isinstance(source, Tensor):
         return _from_tensor(source, channel_order, max_value)
     if isinstance(source, np.ndarray):
