@@ -41,6 +41,9 @@
   static thread_local __attribute__((used)) char EFFICIENTAD_FAST_SIMT_JOIN(efficientad_fast_simt_guard_, __COUNTER__)[1025]; \
   static thread_local __attribute__((used))
 
+// Constant memory is what lies in read-only memory of the library; nobody copies to a symbol.
+#define __constant__ const
+
 #define EFFICIENTAD_FAST_DYNAMIC_SHARED(T, name) \
   T* const name = static_cast<T*>(::efficientad_fast::simt::dynamic_shared())
 
@@ -132,7 +135,8 @@ __forceinline__ void __threadfence_system() { ::efficientad_fast::simt::fence();
 __forceinline__ void __syncwarp(unsigned mask = 0xffffffffu) {
   ::efficientad_fast::simt::warp_operation(::efficientad_fast::simt::WarpOperation::kSync, mask, 0, 0, 0);
 }
-__forceinline__ unsigned __activemask() { return ::efficientad_fast::simt::active_mask(); }
+// Lanes need not run together, so the caller alone is an answer; who needs more of it asks for too much.
+__forceinline__ unsigned __activemask() { return 1u << ::efficientad_fast::simt::lane_index(); }
 __forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) {
   return static_cast<unsigned>(::efficientad_fast::simt::warp_operation(
       ::efficientad_fast::simt::WarpOperation::kBallot, mask, predicate != 0, 0, 0));

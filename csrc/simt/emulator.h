@@ -100,7 +100,7 @@ __attribute__((const)) Index3 grid_extent() noexcept;
 __attribute__((const)) void* dynamic_shared() noexcept;
 int block_barrier(BlockOperation operation, int predicate);
 std::uint64_t warp_operation(WarpOperation operation, unsigned mask, std::uint64_t value, int argument, int width);
-unsigned active_mask();
+__attribute__((const)) unsigned lane_index() noexcept;
 void fence();
 [[noreturn]] void trap();
 

@@ -556,6 +556,7 @@ std::vector<std::string> unguarded_shared_variables() { return symbols().unguard
 // The device language
 
 Index3 thread_index() noexcept { return running->position; }
+unsigned lane_index() noexcept { return running->lane; }
 Index3 block_index() noexcept { return running->worker->position; }
 Index3 block_extent() noexcept { return running->worker->machine->launch->block; }
 Index3 grid_extent() noexcept { return running->worker->machine->launch->grid; }
@@ -595,16 +596,6 @@ std::uint64_t warp_operation(WarpOperation operation, unsigned mask, std::uint64
     yield(*thread);
   }
   return thread->value;
-}
-
-unsigned active_mask() {
-  const Warp& warp = *running->warp;
-  const std::vector<Thread>& threads = running->worker->threads;
-  unsigned mask = 0;
-  for (unsigned lane = 0; lane < warp.lanes; ++lane) {
-    mask |= (threads[warp.first + lane].status != Thread::Status::kExited ? 1u : 0u) << lane;
-  }
-  return mask;
 }
 
 void fence() {

@@ -127,9 +127,7 @@ std::vector<Region> buffer_regions() {
   const std::lock_guard<std::mutex> lock(buffers_mutex);
   std::vector<Region> regions;
   for (const Buffer* buffer : Memory::all()) {
-    if (buffer->bytes() > 0) {
-      regions.push_back(Memory::region(*buffer));
-    }
+    regions.push_back(Memory::region(*buffer));
   }
   return regions;
 }
@@ -283,10 +281,13 @@ struct Judge {
     const Machine& machine = *worker.machine;
     for (std::uint64_t i = 0; i < machine.blocks; ++i) {
       const std::uint32_t block = machine.first_number + static_cast<std::uint32_t>(i);
+      const auto in_time = [&](std::uint32_t clock) { return cell.read.clock <= clock; };
       const auto released = [&](const Release& r) {
-        return r.block == block &&
-               (r.epoch > cell.read.epoch || (cell.read.lanes != Cell::kSeveralThreads && r.epoch == cell.read.epoch &&
-                                              cell.read.clock <= r.clocks[cell.read.lanes]));
+        if (r.block != block || r.epoch != cell.read.epoch) {
+          return r.block == block && r.epoch > cell.read.epoch;
+        }
+        return cell.read.lanes == Cell::kSeveralThreads ? std::all_of(r.clocks.begin(), r.clocks.end(), in_time)
+                                                        : in_time(r.clocks[cell.read.lanes]);
       };
       if (block != worker.number && !knows(thread, released)) {
         return false;

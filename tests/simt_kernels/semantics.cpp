@@ -3,6 +3,12 @@
 #include "cuda/device.h"
 #include "simt/bindings.h"
 
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+
 namespace {
 
 using efficientad_fast::cuda::launch;
@@ -15,10 +21,375 @@ __global__ void scale(const float* in, float* out, int count, float factor) {
   }
 }
 
+// Every thread writes where it is: thread and block, three numbers each.
+__global__ void positions(int* out) {
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  int* const own = out + 6 * (block * (blockDim.x * blockDim.y * blockDim.z) + thread);
+  const uint3 numbers[2] = {threadIdx, blockIdx};
+  for (int i = 0; i < 2; ++i) {
+    own[3 * i] = static_cast<int>(numbers[i].x);
+    own[3 * i + 1] = static_cast<int>(numbers[i].y);
+    own[3 * i + 2] = static_cast<int>(numbers[i].z);
+  }
+}
+
+template <typename T>
+__global__ void shuffles(const T* in, T* out, int mode, int argument, int width) {
+  const unsigned all = 0xffffffffu;
+  const T own = in[threadIdx.x];
+  out[threadIdx.x] = mode == 0   ? __shfl_sync(all, own, argument, width)
+                     : mode == 1 ? __shfl_up_sync(all, own, static_cast<unsigned>(argument), width)
+                     : mode == 2 ? __shfl_down_sync(all, own, static_cast<unsigned>(argument), width)
+                                 : __shfl_xor_sync(all, own, argument, width);
+}
+
+// Of every thread: ballot, any and all over its warp; or, and, count over the block.
+__global__ void votes(const int* in, unsigned* out) {
+  const int t = static_cast<int>(threadIdx.x), predicate = in[t];
+  unsigned* const own = out + 6 * t;
+  own[0] = __ballot_sync(0xffffffffu, predicate);
+  own[1] = static_cast<unsigned>(__any_sync(0xffffffffu, predicate));
+  own[2] = static_cast<unsigned>(__all_sync(0xffffffffu, predicate));
+  own[3] = static_cast<unsigned>(__syncthreads_or(predicate));
+  own[4] = static_cast<unsigned>(__syncthreads_and(predicate));
+  own[5] = static_cast<unsigned>(__syncthreads_count(predicate));
+}
+
+// Lanes that have left are not waited for.
+__global__ void lanes_that_stay(unsigned* out) {
+  const unsigned lane = threadIdx.x;
+  if (lane >= 20) {
+    return;
+  }
+  out[2 * lane] = __ballot_sync(0xffffffffu, lane % 2 == 0);
+  out[2 * lane + 1] = __activemask();
+}
+
+template <typename T>
+__device__ T warp_sum(T value) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value += __shfl_down_sync(0xffffffffu, value, static_cast<unsigned>(offset));
+  }
+  return value;
+}
+
+// The sum of every block, by warps and then by the first of them.
+template <typename T>
+__global__ void block_sums(const T* in, T* out, int count) {
+  __shared__ T partial[32];
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const T sum = warp_sum(i < count ? in[i] : T(0));
+  if (lane == 0) {
+    partial[warp] = sum;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const T total = warp_sum(lane < static_cast<int>(blockDim.x / 32) ? partial[lane] : T(0));
+    if (lane == 0) {
+      out[blockIdx.x] = total;
+    }
+  }
+}
+
+// A tree over dynamic shared memory with a barrier at every step: the largest of a block, NaN if there is one.
+__global__ void block_maxima(const float* in, float* out) {
+  EFFICIENTAD_FAST_DYNAMIC_SHARED(float, tile);
+  const unsigned t = threadIdx.x;
+  tile[t] = in[blockIdx.x * blockDim.x + t];
+  __syncthreads();
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    if (t < half) {
+      const float a = tile[t], b = tile[t + half];
+      tile[t] = a > b || a != a ? a : b;
+    }
+    __syncthreads();
+  }
+  if (t == 0) {
+    out[blockIdx.x] = tile[0];
+  }
+}
+
+// Ten results of as many threads' atomics: see test_atomics.
+template <typename T>
+__global__ void atomics(T* out) {
+  const T i = static_cast<T>(blockIdx.x * blockDim.x + threadIdx.x);
+  atomicAdd(out, i);
+  atomicMax(out + 1, i);
+  atomicMin(out + 2, i);
+  atomicAnd(out + 3, ~(T(1) << (threadIdx.x % 31)));
+  atomicOr(out + 4, T(1) << (threadIdx.x % 31));
+  atomicXor(out + 5, T(1) << (threadIdx.x % 31));
+  atomicCAS(out + 6, T(0), T(7));
+  atomicCAS(out + 6, T(1), T(8));
+  const T before = atomicExch(out + 7, T(5));
+  if (before == T(0)) {
+    atomicAdd(out + 8, T(1));
+  }
+  __shared__ T count;
+  if (threadIdx.x == 0) {
+    count = T(0);
+  }
+  __syncthreads();
+  atomicAdd(&count, T(1));
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    atomicAdd(out + 9, count);
+  }
+}
+
+__global__ void other_atomics(float* sum, double* wide_sum, unsigned* counters) {
+  atomicAdd(sum, 0.25f);
+  atomicAdd(wide_sum, 0.5);
+  atomicInc(counters, 4u);
+  atomicDec(counters + 1, 4u);
+  atomicSub(counters + 2, 3u);
+}
+
+enum Pattern : int { kWriterFences = 0, kAllFence = 1, kLanesFence = 2 };
+
+// The sum over all blocks by whichever comes last. workspace: a ticket, that the last block sets back, a value that all
+// blocks read and the last one changes, and a partial sum of every thread.
+__global__ void sum_of_all(const float* in, float* out, float* workspace, int pattern) {
+  __shared__ bool last;
+  auto* const ticket = reinterpret_cast<unsigned*>(workspace);
+  float* const factor = workspace + 1;
+  float* const partial = workspace + 2;
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, count = gridDim.x * blockDim.x;
+  partial[i] = in[i] * *factor;
+  if (pattern == kAllFence) {
+    __threadfence();
+  }
+  if (pattern == kLanesFence) {  // blocks of one warp
+    __threadfence();
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    if (pattern == kWriterFences) {
+      __threadfence();
+    }
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (last) {
+    float sum = 0.0f;
+    for (unsigned k = threadIdx.x; k < count; k += blockDim.x) {
+      sum += partial[k];
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) {
+      *out = sum;
+      *ticket = 0;
+      *factor += 1.0f;
+    }
+  }
+}
+
+// The same among the warps of a block, in shared memory and without a barrier after the first.
+__global__ void sum_by_last_warp(const float* in, float* out) {
+  __shared__ float partial[4];
+  __shared__ unsigned ticket;
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (threadIdx.x == 0) {
+    ticket = 0;
+  }
+  __syncthreads();
+  const float sum = warp_sum(in[threadIdx.x]);
+  unsigned turn = 0;
+  if (lane == 0) {
+    partial[warp] = sum;
+    __threadfence_block();
+    turn = atomicAdd(&ticket, 1u);
+  }
+  turn = __shfl_sync(0xffffffffu, turn, 0);
+  if (turn == 3) {
+    const float total = warp_sum(lane < 4 ? partial[lane] : 0.0f);
+    if (lane == 0) {
+      *out = total;
+    }
+  }
+}
+
+// The same bytes as words, halves and single bytes, by different threads in turn.
+__global__ void parts_of_words(unsigned char* bytes) {
+  const int t = static_cast<int>(threadIdx.x);
+  if (t < 4) {
+    reinterpret_cast<unsigned*>(bytes)[t] = 0x01010101u * static_cast<unsigned>(t);
+  }
+  __syncthreads();
+  bytes[t] = static_cast<unsigned char>(bytes[t] + 16);
+  __syncthreads();
+  if (t < 8) {
+    auto* const half = reinterpret_cast<unsigned short*>(bytes) + t;
+    *half = static_cast<unsigned short>(*half + 1);
+  }
+  __syncthreads();
+  if (t == 0) {
+    uint4 all = *reinterpret_cast<uint4*>(bytes);
+    all.w = all.x;
+    *reinterpret_cast<uint4*>(bytes) = all;
+  }
+}
+
+// Lanes of a warp hand a row on within shared memory, ordered by nothing but __syncwarp.
+__global__ void rotate_in_warp(const float* in, float* out, int steps) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x), next = t / 32 * 32 + (t + 1) % 32;
+  tile[t] = in[t];
+  for (int i = 0; i < steps; ++i) {
+    __syncwarp();
+    const float value = tile[next];
+    __syncwarp();
+    tile[t] = value;
+  }
+  out[t] = tile[t];
+}
+
+__global__ void to_halves(const float* in, __half* halves, __nv_bfloat16* bfloats, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    halves[i] = __float2half_rn(in[i]);
+    bfloats[i] = __float2bfloat16_rn(in[i]);
+  }
+}
+
+__global__ void from_halves(const __half* halves, const __nv_bfloat16* bfloats, float* out, float* out_bfloats) {
+  for (unsigned i = threadIdx.x; i < 65536; i += blockDim.x) {
+    out[i] = __half2float(halves[i]);
+    out_bfloats[i] = __bfloat162float(bfloats[i]);
+  }
+}
+
+__global__ void double_to_half(const double* in, __half* halves, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    halves[i] = __half(in[i]);
+  }
+}
+
+__global__ void half_arithmetic(const __half2* a, const __half2* b, __half2* out, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    out[4 * i] = {a[i].x + b[i].x, a[i].y + b[i].y};
+    out[4 * i + 1] = {a[i].x - b[i].x, a[i].y - b[i].y};
+    out[4 * i + 2] = {a[i].x * b[i].x, a[i].y * b[i].y};
+    out[4 * i + 3] = {a[i].x / b[i].x, a[i].y / b[i].y};
+  }
+}
+
+__global__ void to_integers(const float* in, int* out, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    int* const own = out + 5 * i;
+    own[0] = __float2int_rn(in[i]);
+    own[1] = __float2int_rz(in[i]);
+    own[2] = __float2int_rd(in[i]);
+    own[3] = __float2int_ru(in[i]);
+    own[4] = static_cast<int>(__float2uint_rn(in[i]));
+  }
+}
+
+__global__ void bit_counts(const unsigned* in, int* out, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    int* const own = out + 6 * i;
+    own[0] = __popc(in[i]);
+    own[1] = __ffs(static_cast<int>(in[i]));
+    own[2] = __clz(static_cast<int>(in[i]));
+    own[3] = static_cast<int>(__brev(in[i]));
+    own[4] = static_cast<int>(__umulhi(in[i], in[i]));
+    own[5] = __float_as_int(__uint_as_float(in[i] & 0x7f7fffffu));
+  }
+}
+
+// min and max of a number and NaN are the number.
+__global__ void extremes(const float* a, const float* b, float* out) {
+  out[2 * threadIdx.x] = min(a[threadIdx.x], b[threadIdx.x]);
+  out[2 * threadIdx.x + 1] = max(a[threadIdx.x], b[threadIdx.x]);
+}
+
+__constant__ float kWeights[4] = {0.5f, 1.0f, 2.0f, 4.0f};
+
+__global__ void weighted(const float* in, float* out) { out[threadIdx.x] = kWeights[threadIdx.x % 4] * __ldg(in + threadIdx.x); }
+
 }  // namespace
 
 EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   m.def("scale", [](const Buffer& in, const Buffer& out, int count, float factor, int threads) {
     launch(scale, (count + threads - 1) / threads, threads, 0, nullptr, in.as<float>(), out.as<float>(), count, factor);
+  });
+  m.def("positions", [](const Buffer& out, std::array<unsigned, 3> grid, std::array<unsigned, 3> block) {
+    launch(positions, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0, nullptr, out.as<int>());
+  });
+  m.def("shuffles", [](const Buffer& in, const Buffer& out, int mode, int argument, int width) {
+    if (in.bytes() == 64 * sizeof(float)) {
+      launch(shuffles<float>, 1, 64, 0, nullptr, in.as<float>(), out.as<float>(), mode, argument, width);
+    } else {
+      launch(shuffles<double>, 1, 64, 0, nullptr, in.as<double>(), out.as<double>(), mode, argument, width);
+    }
+  });
+  m.def("votes", [](const Buffer& in, const Buffer& out) {
+    launch(votes, 1, static_cast<unsigned>(in.bytes() / sizeof(int)), 0, nullptr, in.as<int>(), out.as<unsigned>());
+  });
+  m.def("lanes_that_stay", [](const Buffer& out) { launch(lanes_that_stay, 1, 32, 0, nullptr, out.as<unsigned>()); });
+  m.def("block_sums", [](const Buffer& in, const Buffer& out, int count, unsigned threads, bool whole) {
+    const auto blocks = (static_cast<unsigned>(count) + threads - 1) / threads;
+    if (whole) {
+      launch(block_sums<int>, blocks, threads, 0, nullptr, in.as<int>(), out.as<int>(), count);
+    } else {
+      launch(block_sums<float>, blocks, threads, 0, nullptr, in.as<float>(), out.as<float>(), count);
+    }
+  });
+  m.def("block_maxima", [](const Buffer& in, const Buffer& out, unsigned blocks, unsigned threads) {
+    launch(block_maxima, blocks, threads, threads * sizeof(float), nullptr, in.as<float>(), out.as<float>());
+  });
+  m.def("atomics", [](const Buffer& out, const std::string& type, unsigned blocks, unsigned threads) {
+    if (type == "int32") {
+      launch(atomics<int>, blocks, threads, 0, nullptr, out.as<int>());
+    } else if (type == "uint32") {
+      launch(atomics<unsigned>, blocks, threads, 0, nullptr, out.as<unsigned>());
+    } else {
+      launch(atomics<unsigned long long>, blocks, threads, 0, nullptr, out.as<unsigned long long>());
+    }
+  });
+  m.def("other_atomics", [](const Buffer& sum, const Buffer& wide_sum, const Buffer& counters, unsigned blocks) {
+    launch(other_atomics, blocks, 32, 0, nullptr, sum.as<float>(), wide_sum.as<double>(), counters.as<unsigned>());
+  });
+  m.def("sum_of_all", [](const Buffer& in, const Buffer& out, const Buffer& workspace, int pattern, unsigned blocks) {
+    launch(sum_of_all, blocks, 32, 0, nullptr, in.as<float>(), out.as<float>(), workspace.as<float>(), pattern);
+  });
+  m.def("sum_by_last_warp", [](const Buffer& in, const Buffer& out) {
+    launch(sum_by_last_warp, 1, 128, 0, nullptr, in.as<float>(), out.as<float>());
+  });
+  m.def("parts_of_words", [](const Buffer& out) { launch(parts_of_words, 1, 16, 0, nullptr, out.as<unsigned char>()); });
+  m.def("rotate_in_warp", [](const Buffer& in, const Buffer& out, int steps) {
+    launch(rotate_in_warp, 1, 64, 0, nullptr, in.as<float>(), out.as<float>(), steps);
+  });
+  m.def("to_halves", [](const Buffer& in, const Buffer& halves, const Buffer& bfloats) {
+    launch(to_halves, 1, 128, 0, nullptr, in.as<float>(), halves.as<__half>(), bfloats.as<__nv_bfloat16>(),
+           static_cast<int>(in.bytes() / sizeof(float)));
+  });
+  m.def("from_halves", [](const Buffer& halves, const Buffer& bfloats, const Buffer& out, const Buffer& out_bfloats) {
+    launch(from_halves, 1, 128, 0, nullptr, halves.as<__half>(), bfloats.as<__nv_bfloat16>(), out.as<float>(),
+           out_bfloats.as<float>());
+  });
+  m.def("double_to_half", [](const Buffer& in, const Buffer& halves) {
+    launch(double_to_half, 1, 128, 0, nullptr, in.as<double>(), halves.as<__half>(),
+           static_cast<int>(in.bytes() / sizeof(double)));
+  });
+  m.def("half_arithmetic", [](const Buffer& a, const Buffer& b, const Buffer& out) {
+    launch(half_arithmetic, 1, 128, 0, nullptr, a.as<__half2>(), b.as<__half2>(), out.as<__half2>(),
+           static_cast<int>(a.bytes() / sizeof(__half2)));
+  });
+  m.def("to_integers", [](const Buffer& in, const Buffer& out) {
+    launch(to_integers, 1, 32, 0, nullptr, in.as<float>(), out.as<int>(), static_cast<int>(in.bytes() / sizeof(float)));
+  });
+  m.def("bit_counts", [](const Buffer& in, const Buffer& out) {
+    launch(bit_counts, 1, 32, 0, nullptr, in.as<unsigned>(), out.as<int>(), static_cast<int>(in.bytes() / sizeof(int)));
+  });
+  m.def("extremes", [](const Buffer& a, const Buffer& b, const Buffer& out) {
+    launch(extremes, 1, static_cast<unsigned>(a.bytes() / sizeof(float)), 0, nullptr, a.as<float>(), b.as<float>(),
+           out.as<float>());
+  });
+  m.def("weighted", [](const Buffer& in, const Buffer& out) {
+    launch(weighted, 1, 32, 0, nullptr, in.as<float>(), out.as<float>());
   });
 }

@@ -1,0 +1,540 @@
+"""The emulator of CUDA C++: every kernel that is wrong on purpose is caught and its twin is not, and what it makes of
+indices, warps, barriers, atomics and numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import simt_build
+import torch
+
+KERNELS = Path(__file__).parent / "simt_kernels"
+
+
+@pytest.fixture(scope="module")
+def wrong() -> ModuleType:
+    return simt_build.load("simt_wrong", KERNELS / "wrong.cpp")
+
+
+@pytest.fixture(scope="module")
+def _semantics() -> ModuleType:
+    return simt_build.load("simt_semantics", KERNELS / "semantics.cpp")
+
+
+@pytest.fixture
+def semantics(_semantics: ModuleType) -> Iterator[ModuleType]:
+    """The module, run as it is by default after the test."""
+    yield _semantics
+    _semantics.configure()
+
+
+def written(module: ModuleType, array: Any, name: str = "out") -> Any:
+    """Unwritten device memory that `array` is the host's side of."""
+    return simt_build.buffer(module, name, array, writable=True, initialised=False)
+
+
+# Kernels that are wrong on purpose: the thread that is blamed, and what for. The block is (0,0,0) where none is given.
+BEYOND = "writes 4 bytes at out + 256, 0 bytes past its end of 256"
+RACE = "with no barrier in between: race"
+BLOCKS = "and nothing orders the blocks: race"
+WRONG = {
+    "read_past_end": ("block (1,0,0) thread (31,0,0)", "reads 4 bytes at in + 256, 0 bytes past its end of 256"),
+    "read_before_begin": ("thread (0,0,0)", "reads 4 bytes at in - 4, 4 bytes before its begin"),
+    "write_past_end": ("block (2,0,0) thread (0,0,0)", BEYOND),
+    "stride_too_large": ("block (1,0,0) thread (0,0,0)", "reads 4 bytes at in + 256, 0 bytes past its end of 256"),
+    "write_read_only": ("thread (0,0,0)", "writes 4 bytes at in + 0, which is read-only"),
+    "null_pointer": ("thread (0,0,0)", "reads 4 bytes at address 12, behind a null pointer"),
+    "wild_pointer": ("thread (0,0,0)", "reads 4 bytes where no buffer and no shared memory is"),
+    "misaligned_vector": ("thread (0,0,0)", "reads 16 bytes at in + 4, whose address is not a multiple of 16"),
+    "copy_past_end": ("thread (0,0,0)", "reads 260 bytes at in + 0, across its end of 256"),
+    "fill_past_end": ("thread (0,0,0)", "writes 260 bytes at out + 0, across its end of 256"),
+    "structure_past_end": ("thread (8,0,0)", "writes 32 bytes at out + 256, 0 bytes past its end of 256"),
+    "shared_off_by_one": ("thread (63,0,0)", "writes 4 bytes at tile + 256, 0 bytes past its end of 256"),
+    "shared_row_too_far": ("thread (56,0,0)", "reads 4 bytes at tile + 256, 0 bytes past its end of 256"),
+    "dynamic_shared_too_small": (
+        "thread (63,0,0)",
+        "writes 4 bytes at dynamic shared memory + 256, 0 bytes past its end of 256",
+    ),
+    "local_of_another_thread": ("thread (0,0,0)", "reads 4 bytes of a local variable of thread (1,0,0)"),
+    "too_much_local_memory": ("thread (0,0,0)", "needs more than 262144 bytes of local memory"),
+    "unwritten_shared": ("thread (23,0,0)", "reads 4 bytes at tile + 160, which nothing has written"),
+    "shared_of_another_block": (
+        "block (1,0,0) thread (0,0,0)",
+        "reads 4 bytes at tile + 0, which nothing has written",
+    ),
+    "unwritten_output": ("thread (0,0,0)", "reads 4 bytes at out + 0, which nothing has written"),
+    "unwritten_counter": ("thread (0,0,0)", "updates 4 bytes atomically at out + 0, which nothing has written"),
+    "missing_barrier": ("thread (1,0,0)", f"reads 4 bytes at tile + 0, which thread (0,0,0) wrote {RACE}"),
+    "missing_second_barrier": ("thread (32,0,0)", f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}"),
+    "missing_syncwarp": ("thread (1,0,0)", f"reads 4 bytes at tile + 0, which thread (0,0,0) wrote {RACE}"),
+    "syncwarp_for_syncthreads": ("thread (63,0,0)", f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}"),
+    "half_a_syncwarp": ("thread (31,0,0)", f"reads 4 bytes at tile + 60, which thread (15,0,0) wrote {RACE}"),
+    "same_byte": ("thread (1,0,0)", f"writes 1 byte at out + 0, which thread (0,0,0) wrote {RACE}"),
+    "race_in_global": ("thread (1,0,0)", f"reads 4 bytes at out + 0, which thread (0,0,0) wrote {RACE}"),
+    "race_of_blocks_writing": (
+        "block (1,0,0) thread (0,0,0)",
+        f"writes 4 bytes at out + 0, which block (0,0,0) thread (0,0,0) wrote, {BLOCKS}",
+    ),
+    "race_of_blocks_reading": (
+        "block (1,0,0) thread (0,0,0)",
+        f"reads 4 bytes at out + 0, which block (0,0,0) thread (0,0,0) wrote, {BLOCKS}",
+    ),
+    "plain_and_atomic": (
+        "block (1,0,0) thread (0,0,0)",
+        f"updates 4 bytes atomically at out + 4, which block (0,0,0) thread (0,0,0) wrote, {BLOCKS}",
+    ),
+    "missing_fence": (
+        "block (7,0,0) thread (0,0,0)",
+        f"reads 4 bytes at out + 8, which block (0,0,0) thread (0,0,0) wrote, {BLOCKS}",
+    ),
+    "divergent_barrier": (
+        "thread (0,0,0)",
+        "waits at __syncthreads, where 24 of 64 threads do not come: thread (40,0,0) has exited: divergent barrier",
+    ),
+    "different_barriers": (
+        "thread (0,0,0)",
+        "waits at __syncthreads_or, where 32 of 64 threads do not come: "
+        "thread (32,0,0) waits at __syncthreads: divergent barrier",
+    ),
+    "warp_waits_for_barrier": (
+        "thread (0,0,0)",
+        "waits at __syncwarp(0xffffffff) for thread (7,0,0), which waits at __syncthreads: deadlock",
+    ),
+    "different_warp_operations": (
+        "thread (0,0,0)",
+        "waits at __shfl_xor_sync(0xffffffff) for thread (1,0,0), "
+        "which waits at __shfl_down_sync(0xffffffff): deadlock",
+    ),
+    "shuffle_outside_mask": (
+        "thread (0,0,0)",
+        "reads lane 16 in __shfl_xor_sync(0xffff), which is not in the mask",
+    ),
+    "shuffle_from_exited": ("thread (0,0,0)", "reads lane 5 in __shfl_sync(0xffffffff), which has exited"),
+    "shuffle_from_missing_lane": (
+        "thread (32,0,0)",
+        "reads lane 8 in __shfl_xor_sync(0xffffffff), which the block does not have",
+    ),
+    "not_in_own_mask": ("thread (16,0,0)", "calls __syncwarp(0xffff) and is not in the mask"),
+    "waits_for_ever": ("thread (1,0,0)", "does not end: it has touched memory more than 16777216 times"),
+    "trapped": ("thread (9,0,0)", "traps"),
+}
+INITIALISED = {"missing_fence", "plain_and_atomic", "waits_for_ever"}  # counters that come from outside
+
+
+def memory_of(module: ModuleType, kernel: str) -> tuple[Any, Any, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    given, result = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    read = simt_build.buffer(module, "in", given)
+    out = simt_build.buffer(module, "out", result, writable=True, initialised=kernel in INITIALISED)
+    return read, out, given, result
+
+
+@pytest.mark.parametrize("kernel", WRONG)
+def test_a_wrong_kernel_is_caught(wrong: ModuleType, kernel: str) -> None:
+    where, what = WRONG[kernel]
+    read, out, *_ = memory_of(wrong, kernel)
+    with pytest.raises(wrong.KernelError) as error:
+        getattr(wrong, kernel)(read, out, True)
+    block = "" if where.startswith("block") else "block (0,0,0) "
+    sentence, line = re.fullmatch(r"(.*) \(wrong\.cpp:(\d+)\)", str(error.value)).groups()
+    assert sentence == f"{kernel}<true>: {block}{where} {what}"
+    source = (KERNELS / "wrong.cpp").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, text in enumerate(source, 1) if f" {kernel}(" in text)
+    assert kernel == "too_much_local_memory" or start < int(line) < start + 30
+
+
+@pytest.mark.parametrize("kernel", WRONG)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_its_twin_is_not(wrong: ModuleType, kernel: str, order: int) -> None:
+    read, out, *_ = memory_of(wrong, kernel)
+    wrong.configure(order=order)
+    try:
+        getattr(wrong, kernel)(read, out, False)
+    finally:
+        wrong.configure()
+
+
+@pytest.mark.parametrize("kernel", WRONG)
+def test_a_wrong_kernel_is_caught_in_any_order_and_by_any_number_of_threads(wrong: ModuleType, kernel: str) -> None:
+    for settings in ({"order": 1}, {"order": 2}, {"threads": 2}, {"threads": 3, "order": 3}):
+        read, out, *_ = memory_of(wrong, kernel)
+        wrong.configure(**settings)
+        try:
+            with pytest.raises(wrong.KernelError, match=f"^{kernel}<true>: block"):
+                getattr(wrong, kernel)(read, out, True)
+        finally:
+            wrong.configure()
+
+
+def test_every_wrong_kernel_is_tested(wrong: ModuleType) -> None:
+    own = {"Buffer", "KernelError", "configure", "take_counts", "unguarded_shared_variables", "launch_shape"}
+    assert {name for name in dir(wrong) if not name.startswith("__")} - own == set(WRONG)
+
+
+def test_shared_variables_lie_apart(wrong: ModuleType, _semantics: ModuleType) -> None:
+    assert wrong.unguarded_shared_variables() == []
+    assert _semantics.unguarded_shared_variables() == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((0, 32, 0), r"a grid of \(0,1,1\) blocks"),
+        ((1, 0, 0), r"blocks of \(0,1,1\) threads"),
+        ((1, 1025, 0), r"blocks of \(1025,1,1\) threads"),
+        ((1, 32, 227 * 1024 + 1), "232449 bytes of dynamic shared memory"),
+    ],
+)
+def test_a_launch_that_no_gpu_takes(wrong: ModuleType, shape: tuple[int, int, int], said: str) -> None:
+    read, out, *_ = memory_of(wrong, "")
+    with pytest.raises(wrong.KernelError, match=rf"^unwritten_output<false>: launched with {said}"):
+        wrong.launch_shape(read, out, *shape)
+
+
+def test_a_launch_after_a_failed_one(wrong: ModuleType) -> None:
+    for _ in range(3):
+        read, out, given, result = memory_of(wrong, "")
+        with pytest.raises(wrong.KernelError, match="race"):
+            wrong.missing_barrier(read, out, True)
+        read, out, given, result = memory_of(wrong, "")
+        simt_build.run(wrong.missing_barrier, read, out, False)
+        assert (result == given[[0, *range(63)]]).all()
+
+
+# Buffers
+
+
+def test_a_buffer_keeps_the_alignment_of_its_array(wrong: ModuleType) -> None:
+    whole = np.zeros(68, np.float32)
+    start = -(whole.ctypes.data // 4) % 4  # from here on a multiple of 16 bytes
+    for offset in (0, 1):
+        read = simt_build.buffer(wrong, "in", whole[start + offset : start + offset + 64])
+        _, out, *_ = memory_of(wrong, "")
+        if offset == 0:
+            wrong.misaligned_vector(read, out, False)
+        else:
+            with pytest.raises(wrong.KernelError, match="reads 16 bytes at in \\+ 16, whose address"):
+                wrong.misaligned_vector(read, out, False)
+
+
+def test_only_what_was_written_comes_back(semantics: ModuleType) -> None:
+    given, result = np.ones(64, np.float32), np.full(64, 9, np.float32)
+    read, out = simt_build.buffer(semantics, "in", given), written(semantics, result)
+    assert out.unwritten == 256
+    simt_build.run(semantics.scale, read, out, 40, 3.0, 32)
+    assert out.unwritten == 24 * 4
+    assert (result == [3] * 40 + [9] * 24).all()
+
+
+def test_a_later_launch_reads_what_an_earlier_one_wrote(semantics: ModuleType) -> None:
+    given, between, result = np.ones(64, np.float32), np.zeros(64, np.float32), np.zeros(64, np.float32)
+    read, middle = simt_build.buffer(semantics, "in", given), written(semantics, between, "middle")
+    out = written(semantics, result)
+    with pytest.raises(semantics.KernelError, match="reads 4 bytes at middle \\+ 0, which nothing has written"):
+        semantics.scale(middle, out, 64, 3.0, 32)
+    semantics.scale(read, middle, 64, 2.0, 32)
+    simt_build.run(semantics.scale, middle, out, 64, 3.0, 32)
+    assert (result == 6).all()
+
+
+def test_a_buffer_that_nobody_can_fill_is_refused(wrong: ModuleType) -> None:
+    with pytest.raises(ValueError, match="out is neither initialised nor writable"):
+        simt_build.buffer(wrong, "out", np.zeros(4), initialised=False)
+
+
+def test_empty_memory(semantics: ModuleType) -> None:
+    nothing = np.zeros(0, np.float32)
+    read, out = simt_build.buffer(semantics, "in", nothing), written(semantics, nothing)
+    with pytest.raises(semantics.KernelError, match="0 bytes past its end of 0"):
+        semantics.scale(read, out, 1, 1.0, 32)
+
+
+# Indices, warps and barriers
+
+
+@pytest.mark.parametrize(("grid", "block"), [((1, 1, 1), (1, 1, 1)), ((3, 2, 2), (4, 3, 5)), ((5, 1, 2), (33, 2, 1))])
+@pytest.mark.parametrize("order", [0, 7])
+def test_positions(semantics: ModuleType, grid: tuple[int, ...], block: tuple[int, ...], order: int) -> None:
+    result = np.zeros((*grid[::-1], *block[::-1], 6), np.int32)
+    out = written(semantics, result)
+    semantics.configure(order=order)
+    simt_build.run(semantics.positions, out, grid, block)
+    assert out.unwritten == 0
+    bz, by, bx, tz, ty, tx = np.indices(result.shape[:-1])
+    assert (result == np.stack([tx, ty, tz, bx, by, bz], axis=-1)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("width", [32, 16, 2, 1])
+def test_shuffles(semantics: ModuleType, dtype: Any, width: int) -> None:
+    given = np.random.default_rng(0).standard_normal(64).astype(dtype)
+    lane = np.arange(64)
+    within, first = lane % width, lane - lane % width
+    for argument in (0, 1, 3, 15, 16, 31):
+        wanted = {
+            0: first + argument % width,
+            1: np.where(within >= argument, lane - argument, lane),
+            2: np.where(within + argument < width, lane + argument, lane),
+            3: np.where(lane % 32 ^ argument < (first % 32) + width, lane // 32 * 32 + (lane % 32 ^ argument), lane),
+        }
+        for mode, source in wanted.items():
+            result = np.zeros_like(given)
+            read, out = simt_build.buffer(semantics, "in", given), written(semantics, result)
+            simt_build.run(semantics.shuffles, read, out, mode, argument, width)
+            assert (result == given[source]).all(), (mode, argument)
+
+
+@pytest.mark.parametrize("threads", [32, 40, 96])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_votes(semantics: ModuleType, threads: int, share: float) -> None:
+    given = (np.random.default_rng(1).random(threads) < share).astype(np.int32) * 5
+    result = np.zeros((threads, 6), np.uint32)
+    simt_build.run(semantics.votes, simt_build.buffer(semantics, "in", given), written(semantics, result))
+    for thread in range(threads):
+        warp = given[thread // 32 * 32 : thread // 32 * 32 + 32] != 0
+        ballot = sum(int(vote) << lane for lane, vote in enumerate(warp))
+        block = [(given != 0).any(), (given != 0).all(), (given != 0).sum()]
+        assert result[thread].tolist() == [ballot, warp.any(), warp.all(), *block]
+
+
+def test_lanes_that_have_left_are_not_waited_for_and_activemask_promises_nothing(semantics: ModuleType) -> None:
+    result = np.zeros((20, 2), np.uint32)
+    simt_build.run(semantics.lanes_that_stay, written(semantics, result))
+    assert (result[:, 0] == 0x55555).all() and (result[:, 1] == 1 << np.arange(20)).all()
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 1000, 4096])
+@pytest.mark.parametrize("threads", [32, 256, 1024])
+def test_sums_of_blocks(semantics: ModuleType, count: int, threads: int) -> None:
+    given = np.random.default_rng(2).integers(-1000, 1000, count).astype(np.int32)
+    blocks = -(-count // threads)
+    result = np.zeros(blocks, np.int32)
+    read, out = simt_build.buffer(semantics, "in", given), written(semantics, result)
+    simt_build.run(semantics.block_sums, read, out, count, threads, True)
+    padded = np.pad(given, (0, blocks * threads - count)).reshape(blocks, threads)
+    assert (result == padded.sum(axis=1)).all()
+
+
+@pytest.mark.parametrize(("blocks", "threads"), [(1, 1), (3, 64), (2, 1024)])
+def test_maxima_in_dynamic_shared_memory(semantics: ModuleType, blocks: int, threads: int) -> None:
+    given = np.random.default_rng(3).standard_normal((blocks, threads)).astype(np.float32)
+    given[0, threads // 2] = np.nan
+    result = np.zeros(blocks, np.float32)
+    read, out = simt_build.buffer(semantics, "in", given), written(semantics, result)
+    simt_build.run(semantics.block_maxima, read, out, blocks, threads)
+    np.testing.assert_array_equal(result, given.max(axis=1))
+
+
+def test_lanes_ordered_by_syncwarp(semantics: ModuleType) -> None:
+    given, result = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    simt_build.run(semantics.rotate_in_warp, simt_build.buffer(semantics, "in", given), written(semantics, result), 5)
+    assert (result == np.roll(given.reshape(2, 32), -5, axis=1).ravel()).all()
+
+
+def test_bytes_halves_and_words_of_the_same_memory(semantics: ModuleType) -> None:
+    result = np.zeros(16, np.uint8)
+    simt_build.run(semantics.parts_of_words, written(semantics, result))
+    wanted = (np.arange(16) // 4 + 16 + (np.arange(16) % 2 == 0)).reshape(4, 4)
+    wanted[3] = wanted[0]
+    assert (result == wanted.ravel()).all()
+
+
+# Atomics and fences
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "uint64"])
+@pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (5, 64)])
+def test_atomics(semantics: ModuleType, dtype: str, blocks: int, threads: int) -> None:
+    count = blocks * threads
+    start = [0, 0, 100, -1 if dtype == "int32" else np.iinfo(dtype).max, 0, 0, 0, 0, 0, 0]
+    result = np.array(start, dtype)
+    out = simt_build.buffer(semantics, "out", result, writable=True)
+    simt_build.run(semantics.atomics, out, dtype, blocks, threads)
+    cleared = (1 << min(threads, 31)) - 1
+    odd = sum(1 << bit for bit in range(31) if blocks * sum(t % 31 == bit for t in range(threads)) % 2)
+    everything = (1 << np.iinfo(dtype).bits) - 1
+    kept = np.array([everything & ~cleared], np.uint64).astype(dtype)[0]
+    wanted = [count * (count - 1) // 2, count - 1, 0, kept, cleared, odd, 7, 5, 1, count]
+    assert result.tolist() == [int(value) for value in wanted]
+
+
+def test_atomics_of_other_kinds(semantics: ModuleType) -> None:
+    total, wide, counters = np.zeros(1, np.float32), np.zeros(1), np.array([0, 0, 0], np.uint32)
+    buffers = [
+        simt_build.buffer(semantics, name, array, writable=True)
+        for name, array in (("sum", total), ("wide", wide), ("counters", counters))
+    ]
+    simt_build.run(semantics.other_atomics, *buffers, 3)
+    down = 0
+    for _ in range(96):
+        down = 4 if down in (0, 5) else down - 1
+    assert (total[0], wide[0]) == (24, 48)
+    assert counters.tolist() == [96 % 5, down, 2**32 - 3 * 96]
+
+
+@pytest.mark.parametrize("pattern", [0, 1, 2])
+@pytest.mark.parametrize("blocks", [1, 2, 37])
+def test_the_last_block_adds_up(semantics: ModuleType, pattern: int, blocks: int) -> None:
+    given = np.random.default_rng(4).integers(0, 100, blocks * 32).astype(np.float32)
+    workspace = np.zeros(2 + blocks * 32, np.float32)
+    workspace[1] = 1
+    read = simt_build.buffer(semantics, "in", given)
+    kept = simt_build.buffer(semantics, "workspace", workspace, writable=True)
+    for turn, settings in enumerate(({}, {"order": 5}, {"threads": 2}, {"threads": 3, "order": 6}), 1):
+        result = np.zeros(1, np.float32)
+        semantics.configure(**settings)
+        simt_build.run(semantics.sum_of_all, read, written(semantics, result), kept, pattern, blocks)
+        assert result[0] == turn * given.sum()
+        assert workspace.view(np.uint32)[0] == 0
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_the_last_warp_adds_up(semantics: ModuleType, order: int) -> None:
+    given, result = np.arange(128, dtype=np.float32), np.zeros(1, np.float32)
+    semantics.configure(order=order)
+    simt_build.run(semantics.sum_by_last_warp, simt_build.buffer(semantics, "in", given), written(semantics, result))
+    assert result[0] == given.sum()
+
+
+# The same with any number of system threads
+
+
+def test_results_do_not_depend_on_the_number_of_threads(semantics: ModuleType) -> None:
+    given = np.random.default_rng(5).standard_normal(100 * 64).astype(np.float32)
+    read = simt_build.buffer(semantics, "in", given)
+    results = []
+    for threads in (1, 2, 5):
+        result = np.zeros(100, np.float32)
+        semantics.configure(threads=threads)
+        simt_build.run(semantics.block_sums, read, written(semantics, result), given.size, 64, False)
+        results.append(result)
+    assert (results[0] == results[1]).all() and (results[0] == results[2]).all()
+    np.testing.assert_allclose(results[0], given.reshape(100, 64).sum(axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_failing_block_is_reported_whatever_the_number_of_threads(wrong: ModuleType) -> None:
+    said = set()
+    for threads in (1, 2, 3) * 5:
+        read, out, *_ = memory_of(wrong, "")
+        wrong.configure(threads=threads)
+        with pytest.raises(wrong.KernelError) as error:
+            wrong.unwritten_output(read, out, True)
+        said.add(str(error.value))
+    wrong.configure()
+    assert len(said) == 1 and "block (0,0,0) thread (0,0,0)" in said.pop()
+
+
+def test_counts(semantics: ModuleType) -> None:
+    read = simt_build.buffer(semantics, "in", np.ones(64, np.float32))
+    out = written(semantics, np.zeros(64, np.float32))
+    semantics.take_counts()
+    semantics.scale(read, out, 64, 1.0, 32)
+    counts = semantics.take_counts()
+    assert counts["blocks"] == 2 and counts["accesses"] >= 128 and counts["switches"] >= 64
+    assert semantics.take_counts() == {"accesses": 0, "switches": 0, "blocks": 0}
+
+
+# Numbers
+
+
+def awkward_floats() -> np.ndarray[Any, Any]:
+    """Every half and bfloat16, the floats beside and between them, and NaN."""
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    bfloats = (np.arange(65536, dtype=np.uint32) << 16).view(np.float32)
+    between = np.concatenate([bfloats.view(np.uint32) + 0x8000, halves.view(np.uint32) + 0x1000]).view(np.float32)
+    exact = np.concatenate([halves, bfloats, between])
+    return np.concatenate([exact, (exact.view(np.uint32) + 1).view(np.float32), (exact.view(np.uint32) - 1).view("f4")])
+
+
+def test_conversion_to_half_and_bfloat16(semantics: ModuleType) -> None:
+    given = awkward_floats()
+    halves, bfloats = np.zeros(given.size, np.uint16), np.zeros(given.size, np.uint16)
+    read = simt_build.buffer(semantics, "in", given)
+    simt_build.run(semantics.to_halves, read, written(semantics, halves), written(semantics, bfloats))
+    with np.errstate(over="ignore"):
+        wanted_halves = given.astype(np.float16).view(np.uint16)
+    wanted_bfloats = torch.from_numpy(given).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    nan = np.isnan(given)
+    assert (halves[~nan] == wanted_halves[~nan]).all() and (bfloats[~nan] == wanted_bfloats[~nan]).all()
+    assert (halves[nan] == 0x7FFF).all() and (bfloats[nan] == 0x7FFF).all()
+
+
+def test_conversion_from_half_and_bfloat16(semantics: ModuleType) -> None:
+    given = np.arange(65536, dtype=np.uint16)
+    result, result_bfloats = np.zeros(65536, np.float32), np.zeros(65536, np.float32)
+    read = simt_build.buffer(semantics, "in", given)
+    simt_build.run(semantics.from_halves, read, read, written(semantics, result), written(semantics, result_bfloats))
+    np.testing.assert_array_equal(result, given.view(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(result_bfloats, (given.astype(np.uint32) << 16).view(np.float32))
+
+
+def test_a_double_is_rounded_once(semantics: ModuleType) -> None:
+    halves = np.arange(0x7BFF, dtype=np.uint16).view(np.float16).astype(np.float64)
+    middle = (halves[1:] + halves[:-1]) / 2
+    nudge = middle * 2.0**-40
+    given = np.concatenate([halves, middle, middle + nudge, middle - nudge])
+    given = np.concatenate([given, -given, [np.inf, -np.inf, 1e300]])
+    result = np.zeros(given.size, np.uint16)
+    simt_build.run(semantics.double_to_half, simt_build.buffer(semantics, "in", given), written(semantics, result))
+    with np.errstate(over="ignore"):
+        assert (result == given.astype(np.float16).view(np.uint16)).all()
+
+
+def test_arithmetic_of_halves(semantics: ModuleType) -> None:
+    rng = np.random.default_rng(6)
+    a, b = (rng.standard_normal((500, 2)).astype(np.float16) for _ in range(2))
+    result = np.zeros((500, 4, 2), np.float16)
+    simt_build.run(
+        semantics.half_arithmetic,
+        simt_build.buffer(semantics, "a", a),
+        simt_build.buffer(semantics, "b", b),
+        written(semantics, result),
+    )
+    assert (result == np.stack([a + b, a - b, a * b, a / b], axis=1)).all()
+
+
+def test_conversion_to_integers_saturates(semantics: ModuleType) -> None:
+    given = np.array([0, 0.5, 1.5, -0.5, -2.5, 2.7, -2.7, 3e9, -3e9, 5e9, np.inf, -np.inf, np.nan], np.float32)
+    result = np.zeros((given.size, 5), np.int32)
+    simt_build.run(semantics.to_integers, simt_build.buffer(semantics, "in", given), written(semantics, result))
+    wide = np.nan_to_num(given.astype(np.float64), nan=0.0, posinf=1e30, neginf=-1e30)
+    rounded = [np.clip(f(wide), -(2**31), 2**31 - 1) for f in (np.rint, np.trunc, np.floor, np.ceil)]
+    assert (result[:, :4] == np.stack(rounded, axis=1).astype(np.int64)).all()
+    assert (result[:, 4].view(np.uint32) == np.clip(np.rint(wide), 0, 2**32 - 1).astype(np.uint32)).all()
+
+
+def test_bits(semantics: ModuleType) -> None:
+    given = np.array([0, 1, 2, 0x80000000, 0xFFFFFFFF, 0x12345678, 0x00F00000], np.uint32)
+    result = np.zeros((given.size, 6), np.int32)
+    simt_build.run(semantics.bit_counts, simt_build.buffer(semantics, "in", given), written(semantics, result))
+    for value, own in zip(given.tolist(), result.view(np.uint32).tolist(), strict=True):
+        text = f"{value:032b}"
+        lowest = 0 if value == 0 else len(text) - text.rindex("1")
+        highest = 32 if value == 0 else text.index("1")
+        assert own == [
+            text.count("1"), lowest, highest, int(text[::-1], 2), value * value >> 32, value & 0x7F7FFFFF
+        ]  # fmt: skip
+
+
+def test_extremes_prefer_numbers_to_nan(semantics: ModuleType) -> None:
+    a = np.array([1, np.nan, 2, np.nan], np.float32)
+    b = np.array([3, 4, np.nan, np.nan], np.float32)
+    result = np.zeros((4, 2), np.float32)
+    simt_build.run(
+        semantics.extremes,
+        simt_build.buffer(semantics, "a", a),
+        simt_build.buffer(semantics, "b", b),
+        written(semantics, result),
+    )
+    np.testing.assert_array_equal(result, np.stack([np.fmin(a, b), np.fmax(a, b)], axis=1))
+
+
+def test_constant_memory(semantics: ModuleType) -> None:
+    given, result = np.arange(32, dtype=np.float32), np.zeros(32, np.float32)
+    simt_build.run(semantics.weighted, simt_build.buffer(semantics, "in", given), written(semantics, result))
+    assert (result == given * np.tile(np.float32([0.5, 1, 2, 4]), 8)).all()
