@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 import statistics
@@ -190,6 +191,32 @@ def test_a_small_crop_gives_the_part_of_the_whole_images_features(dataset: Datas
     torch.testing.assert_close(
         teacher(data.whole_crops)[0], teacher(data.whole)[0][:, rows, columns], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("size", [(257, 301), (256, 259)])
+def test_crops_lie_inside_images_whose_sides_are_no_multiples_of_4(dataset: Dataset, size: tuple[int, int]) -> None:
+    settings = dataclasses.replace(SETTINGS, size=size, crop=96, cache_teacher=False)
+    batches = student._Batches(dataset.train, settings, None, None)
+    rows, columns = batches._starts(96)
+    assert rows == range((size[0] - 96) // 4 + 1) and columns == range((size[1] - 96) // 4 + 1)
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    teacher = _teacher()
+    features = teacher(image)
+    for top, left in itertools.product(rows, columns):
+        place = (slice(top, top + 16), slice(left, left + 16))
+        crop = batches._crop(image, place)
+        assert crop.shape == (1, 3, 96, 96) and features[:, :, *place].shape == (1, CHANNELS, 16, 16)
+        if top in (0, rows[-1]) and left in (0, columns[-1]):
+            torch.testing.assert_close(teacher(crop), features[:, :, *place], rtol=1e-4, atol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [[place.start for place in batches._place(generator)] for _ in range(1000)]
+    assert {top for top, _ in drawn} == set(rows) and {left for _, left in drawn} == set(columns)
+
+
+def test_the_quick_preset_trains_at_a_size_that_is_no_multiple_of_4(dataset: Dataset, tmp_path: Path) -> None:
+    settings = dataclasses.replace(quick_training(steps=1), size=(257, 259), validation_fraction=0.3)
+    detector = _train(dataset, tmp_path / "m.safetensors", settings)
+    assert detector.size == (257, 259) and np.isfinite(detector.threshold)
 
 
 def test_every_image_is_seen_once_an_epoch(dataset: Dataset) -> None:

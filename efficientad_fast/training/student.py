@@ -207,13 +207,18 @@ class _Batches:
             indices.append(int(torch.randperm(count, generator=generator)[offset]))
         return indices
 
+    def _starts(self, crop: int) -> tuple[range, range]:
+        """The rows and the columns, in features, at which a crop may begin so that it ends inside the image."""
+        height, width = self._settings.size
+        return range((height - crop) // FEATURE_STRIDE + 1), range((width - crop) // FEATURE_STRIDE + 1)
+
     def _place(self, generator: torch.Generator) -> tuple[slice, slice]:
         crop = self._settings.crop
         if crop is None:
             return slice(0, self._feature_size[0]), slice(0, self._feature_size[1])
         features = crop // FEATURE_STRIDE - 2 * FEATURE_BORDER
-        starts = [int(torch.randint(side - features + 1, (), generator=generator)) for side in self._feature_size]
-        return slice(starts[0], starts[0] + features), slice(starts[1], starts[1] + features)
+        top, left = (int(torch.randint(len(starts), (), generator=generator)) for starts in self._starts(crop))
+        return slice(top, top + features), slice(left, left + features)
 
     def _crop(self, image: Tensor, place: tuple[slice, slice]) -> Tensor:
         """The pixels of ``(..., H, W)`` that the features at ``place`` see."""
