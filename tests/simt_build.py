@@ -32,14 +32,14 @@ CSRC = ROOT / "csrc"
 SIMT = CSRC / "simt"
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-PARTS = ("fiber", "symbols", "memory", "machine", "hooks")
+PARTS = ("fiber", "symbols", "memory", "machine", "hooks", "bindings")
 PLAIN_FLAGS = ["-O2"]
 # Kernels keep the accesses they are written with: none is hoisted out of a condition, split, merged or hidden in an
 # expanded memcpy; and a product and a sum stay two operations, whatever this processor has.
 KERNEL_FLAGS = [
     *("-O1", "-g1", "-fsanitize=thread", "-DEFFICIENTAD_FAST_SIMT", "-include", str(SIMT / "instrumented.h")),
     *("-fno-builtin-memcpy", "-fno-builtin-memmove", "-fno-builtin-memset"),
-    *("-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unused-function"),
+    *("-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unused-function", "-Werror=frame-larger-than=49152"),
 ]
 GCC_KERNEL_FLAGS = ["-fno-tree-sra", "-fno-tree-loop-im"]
 
@@ -149,10 +149,8 @@ def load(name: str, *sources: Path, folders: tuple[Path, ...] = ()) -> ModuleTyp
     own_headers = sorted(SIMT.glob("*.h"))
     headers = [*own_headers, *sorted((CSRC / "cuda").glob("*.h")), *sorted(CSRC.glob("*.h"))]
     headers += [header for folder in folders for header in sorted(folder.glob("*.h"))]
-    binding_flags = [*common, *PLAIN_FLAGS, f"-DEFFICIENTAD_FAST_SIMT_MODULE={name}"]
     objects = [
         *(_object(SIMT / f"{part}.cpp", [*common, *PLAIN_FLAGS], own_headers) for part in PARTS),
-        _object(SIMT / "bindings.cpp", binding_flags, own_headers),
         *(_object(source, kernel_flags, headers) for source in sources),
     ]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -162,7 +160,8 @@ def load(name: str, *sources: Path, folders: tuple[Path, ...] = ()) -> ModuleTyp
         folder / f"{name}{suffix}",
         lambda path: [*compiler, "-shared", "-pthread", *map(str, objects), "-o", str(path)],
     )
-    spec = importlib.util.spec_from_file_location(name, library)
+    # Every such library calls itself `emulated`, and is known to Python by the name of its own before that.
+    spec = importlib.util.spec_from_file_location(f"{name}.emulated", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -72,6 +72,26 @@ WRONG = {
     "unwritten_counter": ("thread (0,0,0)", "updates 4 bytes atomically at out + 0, which nothing has written"),
     "missing_barrier": ("thread (1,0,0)", f"reads 4 bytes at tile + 0, which thread (0,0,0) wrote {RACE}"),
     "missing_second_barrier": ("thread (32,0,0)", f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}"),
+    "write_after_read_in_warp": (
+        "thread (1,0,0)",
+        f"writes 4 bytes at tile + 4, which thread (0,0,0) read {RACE}",
+    ),
+    "write_after_read_in_block": (
+        "thread (63,0,0)",
+        f"writes 4 bytes at first + 0, which threads of several warps read {RACE}",
+    ),
+    "write_after_read_of_block": (
+        "block (1,0,0) thread (5,0,0)",
+        f"writes 4 bytes at out + 0, which block (0,0,0) thread (0,0,0) read, {BLOCKS}",
+    ),
+    "write_after_reads_of_blocks": (
+        "block (3,0,0) thread (0,0,0)",
+        f"writes 4 bytes at out + 0, which other blocks read, {BLOCKS}",
+    ),
+    "read_after_atomic": (
+        "thread (32,0,0)",
+        f"reads 4 bytes at out + 0, which thread (31,0,0) updated atomically {RACE}",
+    ),
     "missing_syncwarp": ("thread (1,0,0)", f"reads 4 bytes at tile + 0, which thread (0,0,0) wrote {RACE}"),
     "syncwarp_for_syncthreads": ("thread (63,0,0)", f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}"),
     "half_a_syncwarp": ("thread (31,0,0)", f"reads 4 bytes at tile + 60, which thread (15,0,0) wrote {RACE}"),
@@ -124,7 +144,10 @@ WRONG = {
     "waits_for_ever": ("thread (1,0,0)", "does not end: it has touched memory more than 16777216 times"),
     "trapped": ("thread (9,0,0)", "traps"),
 }
-INITIALISED = {"missing_fence", "plain_and_atomic", "waits_for_ever"}  # counters that come from outside
+INITIALISED = {  # what they read there comes from outside
+    *("missing_fence", "plain_and_atomic", "waits_for_ever", "read_after_atomic"),
+    *("write_after_read_of_block", "write_after_reads_of_blocks"),
+}
 
 
 def memory_of(module: ModuleType, kernel: str) -> tuple[Any, Any, np.ndarray[Any, Any], np.ndarray[Any, Any]]:

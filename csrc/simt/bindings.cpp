@@ -1,8 +1,6 @@
-// The emulator as a Python module; EFFICIENTAD_FAST_SIMT_MODULE is its name. tests/simt_build.py compiles it.
+// The emulator as a Python module, with the functions of the kernels it is linked with. tests/simt_build.py compiles it.
 
 #include "bindings.h"
-
-#include "fiber.h"
 
 #include <pybind11/stl.h>
 
@@ -25,7 +23,7 @@ Bindings::Bindings(Binder binder) { binders().push_back(binder); }
 
 }  // namespace efficientad_fast::simt
 
-PYBIND11_MODULE(EFFICIENTAD_FAST_SIMT_MODULE, m) {
+PYBIND11_MODULE(emulated, m) {
   m.doc() = "CUDA C++ kernels in the emulator of csrc/simt.";
   py::register_local_exception<simt::KernelError>(m, "KernelError", PyExc_RuntimeError);
 

@@ -27,7 +27,8 @@ void prepare(Context& to, void* low, void* high, void (*entry)());
 
 void switch_context(Context& from, Context& to);
 
-// `count` stacks of `bytes` each, in lazily filled memory with an inaccessible page below each.
+// Stacks in lazily filled memory. Below the bytes that a stack may use lies a reserve, for the frame that exceeds it to be
+// noticed in, and below that memory that cannot be touched.
 class Stacks {
  public:
   static constexpr std::size_t kBytes = 256 * 1024;
@@ -36,12 +37,13 @@ class Stacks {
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
   void reserve(std::size_t count);
-  char* low(std::size_t index) const { return memory_ + index * kStride + kGuard; }
+  char* low(std::size_t index) const { return memory_ + index * kStride + kGuard + kReserve; }
   char* high(std::size_t index) const { return memory_ + (index + 1) * kStride; }
 
  private:
-  static constexpr std::size_t kGuard = 64 * 1024;  // a multiple of every page size
-  static constexpr std::size_t kStride = kGuard + kBytes;
+  static constexpr std::size_t kGuard = 64 * 1024;    // a multiple of every page size
+  static constexpr std::size_t kReserve = 64 * 1024;  // more than the frame that tests/simt_build.py lets a function have
+  static constexpr std::size_t kStride = kGuard + kReserve + kBytes;
   void release();
   char* memory_ = nullptr;
   std::size_t count_ = 0;

@@ -20,8 +20,8 @@ inline void look(const volatile void* pointer, std::size_t bytes, std::size_t al
     fail_alignment(*thread, address, bytes, access, caller);
   }
   touch(*thread, address, bytes, access, caller);
-  if (access != Access::kRead && access != Access::kWrite) {
-    release_and_learn(*thread, address);
+  if (is_atomic(access)) {
+    release_and_learn(*thread, address, writes(access));
   }
   running = thread;
 }

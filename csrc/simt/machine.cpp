@@ -24,8 +24,6 @@ namespace {
 constexpr unsigned kMostThreads = 1024;
 constexpr std::size_t kMostSharedBytes = 227 * 1024;
 constexpr std::size_t kGuardBytes = 64 * 1024;
-// Room that a function may need below its frame before the emulator sees it.
-constexpr std::size_t kStackMargin = 16 * 1024;
 
 const char* name_of(WarpOperation operation) {
   switch (operation) {
@@ -614,11 +612,11 @@ void trap() {
 
 }  // namespace efficientad_fast::simt
 
-// Called where an instrumented function begins: a frame that has grown into the guard below the stack is noticed before.
+// Called where an instrumented function begins, on its own frame.
 extern "C" void __tsan_func_entry(void* caller) {
   using namespace efficientad_fast::simt;
-  if (running != nullptr && reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0)) < running->stack_low + kStackMargin) {
-    Thread& thread = *running;
-    fail(thread, "needs more than " + std::to_string(Stacks::kBytes) + " bytes of local memory", caller);
+  Thread* const thread = running;
+  if (thread != nullptr && reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0)) < thread->stack_low) {
+    fail(*thread, "needs more than " + std::to_string(Stacks::kBytes) + " bytes of local memory", caller);
   }
 }

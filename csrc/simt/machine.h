@@ -184,6 +184,10 @@ struct Machine {
 
 enum class Access : std::uint8_t { kRead, kWrite, kAtomicRead, kAtomicWrite, kAtomicUpdate };
 
+inline bool reads(Access access) { return access != Access::kWrite && access != Access::kAtomicWrite; }
+inline bool writes(Access access) { return access != Access::kRead && access != Access::kAtomicRead; }
+inline bool is_atomic(Access access) { return access != Access::kRead && access != Access::kWrite; }
+
 // The running thread of this system thread; null outside kernels and while the emulator itself is at work, whose own
 // loads and stores (in templates that it shares with instrumented code) are nobody's business.
 extern __thread Thread* running;
@@ -213,8 +217,8 @@ void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access acc
 std::string text(const Index3& index);
 Index3 position_of(std::uint64_t index, const Index3& extent);
 
-// What an atomic operation at `address` hands on and takes over.
-void release_and_learn(Thread& thread, std::uintptr_t address);
+// What an atomic operation at `address` takes over from others and, where it `releases`, hands on to others.
+void release_and_learn(Thread& thread, std::uintptr_t address, bool releases);
 void merge(std::vector<Known>& into, const std::vector<Known>& from);
 
 // The registered buffers, as regions.

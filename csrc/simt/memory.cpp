@@ -184,10 +184,6 @@ bool knows(const Thread& thread, std::uint32_t block, std::uint32_t epoch, unsig
 
 enum class Verdict : std::uint8_t { kFine, kUnwritten, kAfterWrite, kAfterAtomic, kAfterRead };
 
-bool reads(Access access) { return access != Access::kWrite && access != Access::kAtomicWrite; }
-bool writes(Access access) { return access != Access::kRead && access != Access::kAtomicRead; }
-bool is_atomic(Access access) { return access != Access::kRead && access != Access::kWrite; }
-
 // The rules for one access by one thread, for a byte at a time.
 struct Judge {
   const Thread& thread;
@@ -550,11 +546,11 @@ void merge(std::vector<Known>& into, const std::vector<Known>& from) {
   }
 }
 
-// What an atomic operation hands on and takes over. That the reader passes a fence too is not asked for.
-void release_and_learn(Thread& thread, std::uintptr_t address) {
+// That whoever takes over passes a fence too is not asked for.
+void release_and_learn(Thread& thread, std::uintptr_t address, bool releases) {
   Worker& worker = *thread.worker;
   Machine& machine = *worker.machine;
-  const bool releases = thread.fence_epoch != 0 || worker.fences != nullptr;
+  releases = releases && (thread.fence_epoch != 0 || worker.fences != nullptr);
   if (!releases && !machine.any_release.load(std::memory_order_relaxed)) {
     return;
   }

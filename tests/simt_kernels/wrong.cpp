@@ -227,6 +227,74 @@ __global__ void missing_second_barrier(const float* in, float* out, int) {
   out[t] = sum;
 }
 
+// Read by one lane, and then written by another of its warp.
+template <bool kWrong>
+__global__ void write_after_read_in_warp(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  tile[t] = in[t];
+  __syncthreads();
+  if (t == 0) {
+    out[0] = tile[1];
+  }
+  if (!kWrong) {
+    __syncwarp();
+  }
+  if (t == 1) {
+    tile[1] = 0.0f;
+  }
+}
+
+// Read by many, and then written by one.
+template <bool kWrong>
+__global__ void write_after_read_in_block(const float* in, float* out, int) {
+  __shared__ float first;
+  const int t = static_cast<int>(threadIdx.x);
+  if (t == 0) {
+    first = in[0];
+  }
+  __syncthreads();
+  out[t] = first;
+  if (!kWrong) {
+    __syncthreads();
+  }
+  if (t == 63) {
+    first = 0.0f;
+  }
+}
+
+template <bool kWrong>
+__global__ void write_after_read_of_block(const float*, float* out, int) {
+  if (blockIdx.x == 0) {
+    out[2 + threadIdx.x] = out[0];
+  } else if (threadIdx.x == 5) {
+    out[kWrong ? 0 : 1] = 1.0f;
+  }
+}
+
+template <bool kWrong>
+__global__ void write_after_reads_of_blocks(const float*, float* out, int) {
+  if (blockIdx.x < 3) {
+    out[2 + blockIdx.x] = out[0];
+  } else {
+    out[kWrong ? 0 : 1] = 1.0f;
+  }
+}
+
+template <bool kWrong>
+__global__ void read_after_atomic(const float*, float* out, int) {
+  auto* const counter = reinterpret_cast<unsigned*>(out);
+  if (threadIdx.x < 32) {
+    atomicAdd(counter, 1u);
+  }
+  if (!kWrong) {
+    __syncthreads();
+  }
+  if (threadIdx.x == 32) {
+    counter[1] = *counter;
+  }
+}
+
 template <bool kWrong>
 __global__ void missing_syncwarp(const float* in, float* out, int) {
   __shared__ float tile[64];
@@ -458,6 +526,11 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   BOTH(unwritten_counter, 1, 64, 0);
   BOTH(missing_barrier, 1, 64, 0);
   BOTH(missing_second_barrier, 1, 64, 0);
+  BOTH(write_after_read_in_warp, 1, 64, 0);
+  BOTH(write_after_read_in_block, 1, 64, 0);
+  BOTH(write_after_read_of_block, 2, 32, 0);
+  BOTH(write_after_reads_of_blocks, 4, 1, 0);
+  BOTH(read_after_atomic, 1, 64, 0);
   BOTH(missing_syncwarp, 1, 64, 0);
   BOTH(syncwarp_for_syncthreads, 1, 64, 0);
   BOTH(half_a_syncwarp, 1, 64, 0);
