@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -108,16 +108,22 @@ class DecodeOptions:
     apply_exif: bool | None = None
 
 
+_NO_SCORE = (
+    "the networks made NaN of it, so it has no score; predict with dtype='float32' if another was asked for, else the "
+    "detector's weights or statistics are damaged: copy or train it again"
+)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a detector says of one image.
 
     Attributes:
         source: the path, or ``image N`` for the N-th array, tensor or PIL image (from 0).
-        score: the anomaly score, unbounded; NaN where the image could not be read.
-        label: whether ``score > threshold``; ``None`` where the image could not be read.
+        score: the anomaly score, unbounded; NaN where there is none.
+        label: whether ``score > threshold``; ``None`` where there is no score.
         anomaly_map: ``(H, W)`` float32, or ``None`` where the image could not be read.
-        error: why the image could not be read.
+        error: why there is no score: the image could not be read, or the networks made NaN of it.
     """
 
     source: str
@@ -143,7 +149,8 @@ class Detector:
     weights in place after the first prediction is not noticed: make a new detector.
 
     Attributes:
-        teacher, student, autoencoder: in eval mode, on the CPU.
+        teacher, student, autoencoder: of one model size and padding, on the CPU. They are put into eval mode, and their
+            parameters no longer ask for gradients.
         teacher_mean, teacher_std: ``(384,)``, the teacher's channel statistics over the training images.
         quantiles: ``None`` leaves the maps as they are.
         threshold: an image whose score is above it is anomalous.
@@ -166,21 +173,46 @@ class Detector:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.map_convention not in get_args(MapConvention):
-            raise InputError(
-                f"map_convention must be one of {', '.join(get_args(MapConvention))}, got {self.map_convention!r}."
-            )
-        if self.student.out_channels != 2 * self.teacher.out_channels:
-            raise InputError(
-                f"The student must have twice the teacher's {self.teacher.out_channels} output channels, "
-                f"got {self.student.out_channels}."
+        def require(condition: bool, name: str, expected: str, got: object) -> None:
+            if not condition:
+                raise InputError(f"{name} must {expected}, got {got}.")
+
+        conventions = get_args(MapConvention)
+        known = self.map_convention in conventions
+        require(known, "map_convention", f"be one of {', '.join(conventions)}", repr(self.map_convention))
+        channels = self.teacher.out_channels
+        decoder = self.autoencoder.decoder
+        for name, has, wanted in (
+            ("student", self.student.out_channels, 2 * channels),
+            ("autoencoder", decoder.deconv8.out_channels, channels),
+        ):
+            require(has == wanted, name, f"have {wanted} output channels beside a teacher of {channels}", has)
+        sizes = (self.teacher.model_size, self.student.model_size)
+        require(sizes[0] == sizes[1], "student", f"be of the teacher's model size {sizes[0]!r}", repr(sizes[1]))
+        for name, padding in (("student", self.student.padding), ("autoencoder", decoder.padding)):
+            require(
+                padding == self.teacher.padding, name, f"have the teacher's padding={self.teacher.padding}", padding
             )
         for name in ("teacher_mean", "teacher_std"):
             shape = tuple(getattr(self, name).shape)
-            if shape != (self.teacher.out_channels,):
-                raise InputError(f"{name} must have shape ({self.teacher.out_channels},), got {shape}.")
+            require(shape == (channels,), name, f"have shape ({channels},)", shape)
+        require(not math.isnan(self.threshold), "threshold", "be a number or infinity", self.threshold)
+        if self.quantiles is not None:
+            given = astuple(self.quantiles)
+            require(all(map(math.isfinite, given)), "quantiles", "be finite", given)
+            different = given[0] != given[1] and given[2] != given[3]
+            require(
+                different, "quantiles", "have ends other than their starts (None leaves the maps as they are)", given
+            )
         for network in (self.teacher, self.student, self.autoencoder):
             network.eval().requires_grad_(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without plans and lock: a copy, or another process, plans anew."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _plans={}, _lock=threading.Lock())
 
     @property
     def size(self) -> tuple[int, int]:
@@ -215,7 +247,7 @@ class Detector:
         }
         tensors["teacher_mean"] = self.teacher_mean
         tensors["teacher_std"] = self.teacher_std
-        fields = {
+        facts = {
             "model_size": self.teacher.model_size,
             "out_channels": self.teacher.out_channels,
             "padding": self.teacher.padding,
@@ -226,7 +258,7 @@ class Detector:
             "pad_maps": self.pad_maps,
             "provenance": dict(self.provenance),
         }
-        write_tensors(path, tensors, {"format": FILE_FORMAT, "detector": json.dumps(fields)})
+        write_tensors(path, tensors, {"format": FILE_FORMAT, "detector": json.dumps(facts)})
         return Path(path)
 
     @classmethod
@@ -248,21 +280,21 @@ class Detector:
                 f"expected {FILE_FORMAT!r}. Train one with `efficientad-fast train DATA --out MODEL`."
             )
         try:
-            fields = json.loads(metadata["detector"])
-            networks = _empty_networks(fields["model_size"], fields["out_channels"], padding=fields["padding"])
+            facts = json.loads(metadata["detector"])
+            networks = _empty_networks(facts["model_size"], facts["out_channels"], padding=facts["padding"])
             for name, network in networks.items():
                 prefix = f"{name}."
                 weights = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
                 network.to(next(iter(weights.values())).dtype).load_state_dict(weights)
-            stored = fields["preprocessing"]
+            stored = facts["preprocessing"]
             return cls(
                 cast(PatchDescriptionNetwork, networks["teacher"]),
                 cast(PatchDescriptionNetwork, networks["student"]),
                 cast(Autoencoder, networks["autoencoder"]),
                 tensors["teacher_mean"],
                 tensors["teacher_std"],
-                quantiles=None if fields["quantiles"] is None else Quantiles(**fields["quantiles"]),
-                threshold=float(fields["threshold"]),
+                quantiles=None if facts["quantiles"] is None else Quantiles(**facts["quantiles"]),
+                threshold=float(facts["threshold"]),
                 preprocessing=Preprocessing(
                     size=tuple(stored["size"]),
                     resize=stored["resize"],
@@ -271,9 +303,9 @@ class Detector:
                     max_value=stored["max_value"],
                     apply_exif=stored["apply_exif"],
                 ),
-                map_convention=fields["map_convention"],
-                pad_maps=bool(fields["pad_maps"]),
-                provenance=fields["provenance"],
+                map_convention=facts["map_convention"],
+                pad_maps=bool(facts["pad_maps"]),
+                provenance=facts["provenance"],
             )
         except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
             raise DetectorFileError(
@@ -342,7 +374,7 @@ class Detector:
 
                 - a path to an image, a PIL image, an array ``(H, W)`` or ``(H, W, C)``, a tensor ``(C, H, W)``:
                   one :class:`Prediction`;
-                - a path to a folder (searched recursively, sorted), a list or tuple of the above, an array
+                - a path to a folder (searched recursively, sorted), a list or tuple of single images, an array
                   ``(N, H, W, C)``, a tensor ``(N, C, H, W)``: a list;
                 - any other iterable: an iterator of predictions, in order, with bounded memory.
             batch_size: images that go through the networks together. A stream waits for that many.
@@ -429,7 +461,10 @@ class Detector:
                 score, anomaly_map = next(results)
                 # A copy, so that keeping one map does not keep its whole batch.
                 pixels = anomaly_map.float().numpy().copy()
-                predictions.append(Prediction(item.source, score, score > self.threshold, pixels))
+                if math.isnan(score):
+                    predictions.append(Prediction(item.source, score, None, pixels, f"{item.source}: {_NO_SCORE}"))
+                else:
+                    predictions.append(Prediction(item.source, score, score > self.threshold, pixels))
         return predictions
 
 
@@ -453,9 +488,7 @@ def _arrange(images: ImageSource | Iterable[ImageSource]) -> tuple[bool, Iterabl
         return True, [images]
     if isinstance(images, np.ndarray | Tensor):
         return (False, list(images)) if images.ndim == 4 else (True, [images])
-    if isinstance(images, Sequence):
-        return False, images
-    if isinstance(images, Iterable):
+    if isinstance(images, Iterable) and not isinstance(images, bytes | bytearray | memoryview):
         return False, images
     raise InputError(
         "images must be a path, a folder, a PIL image, an array, a tensor, or an iterable of these, "

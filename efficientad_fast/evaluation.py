@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from efficientad_fast.data.folders import GOOD, Dataset, load_mask
+from efficientad_fast.detector import Preprocessing
 from efficientad_fast.errors import DatasetError, ImageError
 from efficientad_fast.files import atomic_path
 from efficientad_fast.metrics import au_pro, image_auroc, pixel_auroc
@@ -135,6 +136,7 @@ class Evaluation:
         seconds: wall-clock time of reading and predicting all images, the first one's start-up included.
         settings: batch size, device and dtype.
         notes: sentences on what was left out of these figures.
+        preprocessing: the detector's, by which its images are read again to be shown.
     """
 
     dataset: str
@@ -151,6 +153,7 @@ class Evaluation:
     seconds: float
     settings: dict[str, str | int]
     notes: tuple[str, ...]
+    preprocessing: Preprocessing = field(default_factory=Preprocessing, repr=False)
 
     @property
     def auroc(self) -> float | None:
@@ -299,6 +302,7 @@ def evaluate(
         threshold=detector.threshold,
         seconds=time.perf_counter() - started,
         settings={"batch_size": batch_size, "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
+        preprocessing=detector.preprocessing,
     )
 
 
@@ -310,6 +314,7 @@ def summarize(
     threshold: float,
     seconds: float,
     settings: dict[str, str | int],
+    preprocessing: Preprocessing | None = None,
 ) -> Evaluation:
     """Compute every figure of an :class:`Evaluation` from the results of its images; see :func:`evaluate`."""
     results = tuple(images)
@@ -350,6 +355,7 @@ def summarize(
         seconds=seconds,
         settings=settings,
         notes=(*notes, *pixel_notes),
+        preprocessing=preprocessing or Preprocessing(),
     )
 
 

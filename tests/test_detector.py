@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
 import math
+import pickle
 import subprocess
 import sys
 import threading
@@ -21,7 +23,8 @@ from PIL import Image
 from efficientad_fast import Detector, Prediction, Preprocessing
 from efficientad_fast.errors import BackendError, DatasetError, DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
-from efficientad_fast.reference.maps import image_score, resize_map
+from efficientad_fast.reference.maps import Quantiles, image_score, resize_map
+from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
 from tests.small_detector import small_detector
 
 
@@ -141,8 +144,35 @@ def test_fields_that_do_not_fit_are_refused(detector: Detector) -> None:
         detector.replaced(map_convention="other")
     with pytest.raises(InputError, match="teacher_mean"):
         detector.replaced(teacher_mean=torch.zeros(3))
-    with pytest.raises(InputError, match="student"):
+    with pytest.raises(InputError, match="student must have 16 output channels"):
         detector.replaced(student=detector.teacher)
+    with pytest.raises(InputError, match="autoencoder must have 8 output channels"):
+        detector.replaced(autoencoder=Autoencoder(9))
+    with pytest.raises(InputError, match="student must be of the teacher's model size 's', got 'm'"):
+        detector.replaced(student=PatchDescriptionNetwork("m", 16))
+    with pytest.raises(InputError, match="autoencoder must have the teacher's padding=False"):
+        detector.replaced(autoencoder=Autoencoder(8, padding=True))
+    with pytest.raises(InputError, match="threshold must be a number"):
+        detector.replaced(threshold=math.nan)
+    with pytest.raises(InputError, match="quantiles must have ends other than their starts"):
+        detector.replaced(quantiles=Quantiles(0.1, 0.1, 0.2, 0.3))
+    with pytest.raises(InputError, match="quantiles must be finite"):
+        detector.replaced(quantiles=Quantiles(0.1, math.inf, 0.2, 0.3))
+
+
+def test_statistics_that_share_memory_are_saved(tmp_path: Path) -> None:
+    shared = torch.ones(8)
+    path = small_detector().replaced(teacher_mean=shared, teacher_std=shared).save(tmp_path / "model.safetensors")
+    assert torch.equal(Detector.load(path).teacher_std, shared)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mean", (0.1, 0.2)), ("mean", (0.1, math.nan, 0.3)), ("std", (1.0, 0.0, 1.0)), ("max_value", 0)],
+)
+def test_preprocessing_that_cannot_be_is_refused(field: str, value: object) -> None:
+    with pytest.raises(InputError, match=field):
+        Preprocessing(**{field: value})
 
 
 @pytest.mark.parametrize(
@@ -242,6 +272,47 @@ def test_maps_and_scores_of_the_native_convention(folder: Path) -> None:
     assert original.anomaly_map.shape == (300, 280) and network.anomaly_map.shape == (256, 256)
     assert network.score == original.score
     assert original.score == pytest.approx(float(image_score(torch.from_numpy(original.anomaly_map)[None, None])[0]))
+
+
+def test_a_score_that_is_nan_is_an_error_and_no_verdict(folder: Path) -> None:
+    broken = small_detector()
+    with torch.no_grad():
+        broken.student.conv4.bias[0] = math.nan
+    for prediction in _several(broken.predict(folder)):
+        assert math.isnan(prediction.score)
+        assert prediction.label is None
+        assert prediction.error is not None and prediction.source in prediction.error and "NaN" in prediction.error
+    with pytest.raises(ImageError, match="NaN"):
+        broken.predict(folder / "0.png")
+
+
+def test_the_detectors_own_decoding_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "camera.png"
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(path)
+    plain, twelve_bits = (small_detector(preprocessing=Preprocessing(max_value=white)) for white in (None, 4095))
+    assert _one(twelve_bits.predict(path)).score == _one(plain.predict(path, max_value=4095)).score
+    assert _one(plain.predict(path)).score == _one(twelve_bits.predict(path, max_value=65535)).score
+    assert _one(plain.predict(path)).score != _one(twelve_bits.predict(path)).score
+
+    turned = Image.fromarray(np.arange(3000, dtype=np.uint8).reshape(20, 50, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    upright = small_detector(preprocessing=Preprocessing(apply_exif=True)).predict(
+        tmp_path / "turned.png", map_size="original"
+    )
+    assert _one(upright).anomaly_map.shape == (50, 20)
+    lying = small_detector(preprocessing=Preprocessing(apply_exif=True)).predict(
+        tmp_path / "turned.png", map_size="original", apply_exif=False
+    )
+    assert _one(lying).anomaly_map.shape == (20, 50)
+
+
+def test_a_copied_or_pickled_detector_predicts_the_same(detector: Detector, folder: Path) -> None:
+    expected = _one(detector.predict(folder / "0.png")).score
+    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert other._plans == {}
+        assert _one(other.predict(folder / "0.png")).score == expected
 
 
 def test_the_label_says_whether_the_score_is_above_the_threshold(detector: Detector, folder: Path) -> None:
@@ -345,6 +416,28 @@ def test_a_stream_is_read_no_further_ahead_than_two_batches(detector: Detector) 
     stream.close()  # type: ignore[attr-defined]
 
 
+def test_the_next_image_is_decoded_while_the_networks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = small_detector()
+    images, read = 4, [threading.Event() for _ in range(5)]
+    running = iter(range(images))
+    plan = detector.plan()
+    run = type(plan).run
+
+    def source() -> Iterator[np.ndarray]:
+        for index in range(images):
+            yield np.zeros((9, 9, 3), np.uint8)
+            read[index + 1].set()  # asked for the next: this one is decoded
+
+    def run_late(self: object, *args: object, **kwargs: object) -> object:
+        waited.append(read[min(next(running) + 2, images)].wait(timeout=20))
+        return run(plan, *args, **kwargs)
+
+    waited: list[bool] = []
+    monkeypatch.setattr(type(plan), "run", run_late)
+    assert len(list(detector.predict(source()))) == images
+    assert waited == [True] * images
+
+
 def test_closing_a_stream_ends_its_thread(detector: Detector) -> None:
     stream = detector.stream(itertools.repeat(np.zeros((8, 8, 3), np.uint8)))
     next(stream)
@@ -401,7 +494,9 @@ def test_predicting_from_several_threads_gives_the_same_numbers(folder: Path) ->
 def test_warmup_builds_the_plan_that_predict_uses() -> None:
     detector = small_detector()
     detector.warmup(runs=1)
-    assert detector.plan() is detector.plan("cpu", torch.float32)
+    (plan,) = detector._plans.values()
+    detector.predict(np.zeros((9, 9, 3), np.uint8))
+    assert list(detector._plans.values()) == [plan]
 
 
 def test_the_summary_describes_the_teacher_in_a_line_and_leaves_out_the_settings() -> None:

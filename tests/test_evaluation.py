@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from small_detector import small_detector
 
-from efficientad_fast import Detector, Prediction
+from efficientad_fast import Detector, Prediction, Preprocessing
 from efficientad_fast.data import Dataset, TestImage, open_dataset
 from efficientad_fast.errors import DatasetError
 from efficientad_fast.evaluation import Evaluation, evaluate
@@ -30,6 +30,7 @@ class ScriptedDetector:
     scores: dict[str, float]
     maps: dict[str, np.ndarray] = field(default_factory=dict)
     threshold: float = 0.4
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     asked: dict[str, Any] = field(default_factory=dict)
 
     def stream(self, images: Iterable[Path], **settings: Any) -> Iterator[Prediction]:

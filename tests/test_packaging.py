@@ -114,7 +114,7 @@ def python_sources() -> set[str]:
 
 def package_data() -> set[str]:
     package = ROOT / "efficientad_fast"
-    patterns = ("py.typed", "ops/schemas.inc", "weights/*.safetensors", "report/*.j2")
+    patterns = ("py.typed", "ops/schemas.inc", "ops/choices.json", "weights/*.safetensors", "report/*.j2")
     return {str(path.relative_to(ROOT)) for pattern in patterns for path in package.glob(pattern)}
 
 

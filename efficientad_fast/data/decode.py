@@ -100,7 +100,8 @@ def decode_image(
         max_value: what white is in 16-bit images, such as 4095 for a 12-bit camera. Arrays and tensors of uint16 need
             it; 16-bit files and PIL images have 65535 by default. 8-bit and floating-point images do not use it, nor
             do PGM files, whose header says it.
-        apply_exif: turn files and PIL images as their EXIF orientation says. It is ignored otherwise.
+        apply_exif: turn files and PIL images as their EXIF orientation says. It is ignored otherwise, but for TIFF
+            files, which Pillow turns itself while reading (as in the other implementations, which read with it).
 
     Returns:
         ``(3, H, W)``, contiguous, on the CPU, never sharing memory with ``source``: uint8 for 8-bit sources, else

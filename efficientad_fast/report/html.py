@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from efficientad_fast.data.decode import decode_image
 from efficientad_fast.data.folders import GOOD, load_mask
 from efficientad_fast.errors import ImageError, InputError
 from efficientad_fast.evaluation import Evaluation, ImageResult, KindResult
@@ -167,7 +166,7 @@ def _evenly(images: Sequence[ImageResult], count: int) -> list[ImageResult]:
 def _card(evaluation: Evaluation, image: ImageResult, colours: tuple[float, float], side: int) -> _Card:
     picture = heat = mask = extent = note = ""
     try:
-        pixels = displayable(decode_image(image.path).numpy())
+        pixels = displayable(evaluation.preprocessing.decode(image.path).numpy())
     except ImageError as error:
         note = f"The image can no longer be read: {error}"
     else:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from efficientad_fast.data.decode import decode_image
 from efficientad_fast.data.folders import load_mask
 from efficientad_fast.evaluation import Evaluation
 from efficientad_fast.files import atomic_path
@@ -39,7 +38,7 @@ def save_overview(evaluation: Evaluation, path: str | os.PathLike[str], *, side:
         if not scored:
             continue
         shown = scored[len(scored) // 2]
-        pixels = displayable(decode_image(shown.path).numpy())
+        pixels = displayable(evaluation.preprocessing.decode(shown.path).numpy())
         image = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
         assert shown.anomaly_map is not None
         heat = overlay(np.asarray(image), shown.anomaly_map, *colours)
