@@ -198,6 +198,16 @@ def test_exif_orientation_is_ignored_unless_asked_for(tmp_path: Path) -> None:
     assert_same(decode_image(plain, apply_exif=True), chw(colours()))
 
 
+def test_tiff_files_are_turned_as_pillow_turns_them(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(tmp_path / "image.tif", Image.fromarray(colours()), exif=exif)
+    with Image.open(path) as image:
+        turned = chw(np.asarray(image))
+    for apply_exif in (False, True):
+        assert_same(decode_image(path, apply_exif=apply_exif), turned)
+
+
 def test_the_first_of_several_pages_is_taken(tmp_path: Path) -> None:
     path = saved(
         tmp_path / "pages.tif",

@@ -194,7 +194,10 @@ import torch
 from efficientad_fast import native, ops
 ops.load()
 print(torch.ops.efficientad_fast.identity(torch.arange(3)).tolist(), native.why_not_built("cpu"))
+import wheel_smoke
+wheel_smoke.check_prediction()
 """
+    shutil.copy(ROOT / "tests" / "wheel_smoke.py", site)
     printed = use(site, code, tmp_path)
     assert printed.strip() == "[0, 1, 2] EFFICIENTAD_FAST_BUILD=none was set when it was installed"
 
