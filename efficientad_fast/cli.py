@@ -146,11 +146,12 @@ def train(
     padding: Annotated[bool, typer.Option("--padding", help="Pad the networks' convolutions.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop an interrupted training and start anew.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Train a detector on good images."""
     from efficientad_fast.data.folders import open_dataset
-    from efficientad_fast.training.student import TrainSettings, quick_training
+    from efficientad_fast.training.student import TrainSettings, kept_steps, quick_training
     from efficientad_fast.training.student import train as run
 
     with _told_plainly():
@@ -181,13 +182,21 @@ def train(
                     teacher_provenance=provenance,
                     penalty=images,
                     resume=resume,
+                    restart=restart,
                     device=device,
                     observer=watch,
                 )
         except KeyboardInterrupt:
-            errors.print("stopped; the state is kept. Give the same command with --resume to go on.")
+            _tell_stopped(kept_steps(out), settings.steps)
             raise typer.Exit(130) from None
         console.print(f"saved {escape(str(out))}, threshold {detector.threshold:.4f}", soft_wrap=True)
+
+
+def _tell_stopped(kept: int, steps: int) -> None:
+    if kept:
+        errors.print(f"stopped; {kept} of {steps} steps are kept. Give the same command with --resume to go on.")
+    else:
+        errors.print("stopped before the first step; nothing is kept. Give the same command to start anew.")
 
 
 def _teacher(choice: str, padding: bool) -> tuple[PatchDescriptionNetwork, dict[str, Any]]:

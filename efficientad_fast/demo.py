@@ -12,7 +12,7 @@ from efficientad_fast.detector import Detector
 from efficientad_fast.evaluation import Evaluation, evaluate
 from efficientad_fast.metrics import image_auroc
 from efficientad_fast.report import save_overview, write_report
-from efficientad_fast.training.student import Observer, quick_training, train
+from efficientad_fast.training.student import Observer, kept_steps, quick_training, train
 from efficientad_fast.weights import load_teacher
 
 
@@ -30,8 +30,9 @@ class DemoResult:
 def run_demo(folder: Path, *, seed: int = 0, observer: Observer) -> DemoResult:
     """Generate a sample set, train with the quick preset, evaluate and write the report, all in ``folder``.
 
-    Beside it baselines score each image by its difference from the mean training image, reduced in several ways; the
-    best is kept. The sample set is no giveaway where that fails.
+    A training that was interrupted in this folder is continued. Beside it baselines score each image by its difference
+    from the mean training image, reduced in several ways; the best is kept. The sample set is no giveaway where that
+    fails.
     """
     samples = folder / "samples"
     observer.progress("generating samples", 0, 1)
@@ -39,12 +40,14 @@ def run_demo(folder: Path, *, seed: int = 0, observer: Observer) -> DemoResult:
     observer.progress("generating samples", 1, 1)
     dataset = open_dataset(samples)
     teacher, provenance = load_teacher()
+    out = folder / "detector.safetensors"
     detector = train(
         dataset,
-        folder / "detector.safetensors",
+        out,
         quick_training(seed=seed),
         teacher=teacher,
         teacher_provenance=provenance,
+        resume=kept_steps(out) > 0,
         observer=observer,
     )
     evaluation = evaluate(detector, dataset, progress=lambda done, total: observer.progress("evaluating", done, total))

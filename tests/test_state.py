@@ -14,7 +14,16 @@ from torch import nn
 
 from efficientad_fast.errors import DetectorFileError, InputError
 from efficientad_fast.files import write_tensors
-from efficientad_fast.training.state import fingerprint, interruptible, load_state, save_state, step_seed
+from efficientad_fast.training.state import (
+    file_sizes,
+    find_state,
+    fingerprint,
+    interruptible,
+    load_state,
+    save_state,
+    step_seed,
+    weights_digest,
+)
 
 RUN: dict[str, Any] = {"steps": 9, "size": (256, 256), "teacher": {"name": "default"}, "penalty": None}
 
@@ -174,6 +183,58 @@ def test_fingerprint_notices_names_sizes_and_order(tmp_path: Path) -> None:
     others.add(fingerprint([first, second.rename(tmp_path / "c.png")]))
     assert original not in others
     assert len(others) == 5
+
+
+def test_file_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    path.write_bytes(b"123")
+    assert fingerprint([path]) != fingerprint([])
+    training, state = Training(0), tmp_path / "state"
+    save_state(state, training.modules, training.optimiser, 0, RUN, {"images": file_sizes([path])})
+    assert load_state(state, training.modules, training.optimiser, RUN, {"images": file_sizes([path])}) == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        ([["a", 1], ["b", 2], ["c", 4]], "of another size: c"),
+        ([["a", 1], ["b", 2]], "missing: c"),
+        ([["a", 1], ["d", 2], ["c", 3], ["c", 3]], "missing: b; new: d, c"),
+        ([["b", 2], ["a", 1], ["c", 3]], "the same files in another order"),
+        ([[f"n{index}", 0] for index in range(7)], "missing: a, b, c; new: n0, n1, n2, n3, n4 and 2 more"),
+        ([], "missing: a, b, c"),
+    ],
+)
+def test_a_state_of_other_files_is_refused_and_the_files_named(tmp_path: Path, wanted: list[Any], named: str) -> None:
+    training, path = Training(0), tmp_path / "state"
+    files = {"images": [("a", 1), ("b", 2), ("c", 3)]}
+    save_state(path, training.modules, training.optimiser, 0, RUN, files)
+    assert load_state(path, training.modules, training.optimiser, RUN, files) == 0
+    with pytest.raises(InputError, match=rf"state was made with other images \({named}\)"):
+        load_state(path, training.modules, training.optimiser, RUN, {"images": wanted} if wanted else {})
+
+
+def test_a_state_is_found_only_to_be_continued(tmp_path: Path) -> None:
+    training, path = Training(0), tmp_path / "state"
+    assert find_state(path, RUN, {}, resume=True) is find_state(path, RUN, {}, resume=False) is None
+    save_state(path, training.modules, training.optimiser, 3, RUN)
+    with pytest.raises(InputError, match="holds 3 of 9 steps"):
+        find_state(path, RUN, {}, resume=False)
+    state = find_state(path, RUN, {}, resume=True)
+    assert state is not None and state.step == 3
+    with pytest.raises(InputError, match="steps = 9"):
+        find_state(path, RUN | {"steps": 10}, {}, resume=True)
+
+
+def test_a_digest_of_weights_hangs_on_their_values_alone() -> None:
+    network = Training(0).modules["student"]
+    assert isinstance(network, nn.Conv2d)
+    digest = weights_digest(network)
+    assert weights_digest(Training(0).modules["student"].to(memory_format=torch.contiguous_format)) == digest
+    assert weights_digest(Training(1).modules["student"]) != digest
+    with torch.no_grad():
+        network.bias[3] = torch.nextafter(network.bias[3], torch.tensor(9.0))
+    assert weights_digest(network) != digest
 
 
 def test_the_first_ctrl_c_asks_to_stop_and_the_second_raises() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import shutil
 import signal
 import statistics
 from collections.abc import Mapping
@@ -14,16 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from efficientad_fast import Detector
+from efficientad_fast import Detector, cli
 from efficientad_fast.data.folders import Dataset, open_dataset
-from efficientad_fast.errors import DatasetError, InputError
+from efficientad_fast.errors import DatasetError, ImageError, InputError
 from efficientad_fast.reference.losses import hard_feature_loss
 from efficientad_fast.reference.maps import resized_raw_map
 from efficientad_fast.reference.networks import PatchDescriptionNetwork, normalise_features
 from efficientad_fast.training import student
 from efficientad_fast.training.augment import adjust_brightness, adjust_contrast, adjust_saturation, augment
 from efficientad_fast.training.calibrate import calibrate, threshold_from_scores
+from efficientad_fast.training.state import save_state
 from efficientad_fast.training.student import PenaltyImages, TrainSettings, quick_training, train
 from tests.small_detector import CHANNELS, small_detector
 
@@ -123,12 +126,166 @@ def test_an_interrupted_training_resumes_to_the_same_result(dataset: Dataset, tm
     assert (resumed.quantiles, resumed.threshold) == (whole.quantiles, whole.threshold)
 
 
-def test_resuming_with_other_settings_says_which(dataset: Dataset, tmp_path: Path) -> None:
-    out = tmp_path / "m.safetensors"
+# What is kept of an interrupted training, and what happens to it
+
+
+@pytest.fixture(scope="module")
+def interrupted(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the images of ``dataset``, and a training of them that was stopped after one step."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    shutil.copytree(dataset.root, folder / "good")
     with pytest.raises(KeyboardInterrupt):
-        _train(dataset, out, observer=_StopAfter(1))
-    with pytest.raises(InputError, match="learning_rate"):
-        _train(dataset, out, dataclasses.replace(SETTINGS, learning_rate=2e-3), resume=True)
+        _train(open_dataset(folder / "good"), folder / "m.safetensors", observer=_StopAfter(1))
+    return folder
+
+
+@pytest.fixture
+def kept(interrupted: Path, tmp_path: Path) -> Path:
+    shutil.copytree(interrupted, tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _refused(kept: Path, message: str, settings: TrainSettings = SETTINGS, **options: object) -> None:
+    """Training in ``kept`` must fail with ``message`` and leave every file as it was."""
+    before = _contents(kept)
+    with pytest.raises(InputError, match=message):
+        _train(open_dataset(kept / "good"), kept / "m.safetensors", settings, **options)
+    assert _contents(kept) == before
+
+
+def test_resuming_with_other_settings_says_which(kept: Path) -> None:
+    _refused(kept, "learning_rate", dataclasses.replace(SETTINGS, learning_rate=2e-3), resume=True)
+    _refused(kept, "penalty = None, but this run has 'generated images'", penalty=PenaltyImages(), resume=True)
+
+
+def test_resuming_with_other_images_names_them(kept: Path) -> None:
+    split = student._split(open_dataset(kept / "good"), SETTINGS)
+    names = [path.name for path in split[0]]
+    (kept / "good" / names[0]).write_bytes((kept / "good" / names[1]).read_bytes() + bytes(7))
+    _refused(kept, rf"other training images \(of another size: {names[0]}\)", resume=True)
+    (kept / "good" / names[1]).rename(kept / "good" / f"{names[1][:-4]}b.png")
+    _refused(kept, rf"missing: {names[1]}; new: {names[1][:-4]}b.png; of another size: {names[0]}", resume=True)
+
+
+def test_resuming_with_another_teacher_of_the_same_provenance_is_refused(kept: Path) -> None:
+    teacher = _teacher()
+    teacher.conv4.bias[0] += 1
+    with pytest.raises(InputError, match="teacher weights"):
+        train(
+            open_dataset(kept / "good"), kept / "m.safetensors", SETTINGS,
+            teacher=teacher, teacher_provenance={"made_by": "test"}, resume=True,
+        )  # fmt: skip
+
+
+def test_an_interrupted_training_is_neither_dropped_nor_continued_unasked(kept: Path) -> None:
+    assert student.kept_steps(kept / "m.safetensors") == 1
+    _refused(kept, "1 of 4 steps .* Give --resume to continue it, or --restart to drop it")
+    _refused(kept, "exclude each other", resume=True, restart=True)
+    state = kept / "m.safetensors.training" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    _refused(kept, "damaged")
+
+
+def test_restarting_drops_what_is_kept_and_checks_the_images(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[tuple[str, int]] = []
+
+    class Stages:
+        def progress(self, stage: str, done: int, total: int) -> None:
+            stages.append((stage, done))
+
+        def losses(self, step: int, losses: Mapping[str, float]) -> None: ...
+
+    def take_steps(*arguments: object) -> None:
+        assert arguments[6] == 0
+        assert "state.safetensors" not in _contents(kept / "m.safetensors.training")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(student, "_take_steps", take_steps)
+    settings = dataclasses.replace(SETTINGS, learning_rate=2e-3)
+    with pytest.raises(KeyboardInterrupt):
+        _train(open_dataset(kept / "good"), kept / "m.safetensors", settings, restart=True, observer=Stages())
+    assert stages[:6] == [("checking images", index + 1) for index in range(6)]
+    assert [done for stage, done in stages[6:] if stage == "teacher statistics"] == [1, 2, 3, 4]
+
+
+def test_resuming_what_is_not_there_leaves_the_finished_detector(kept: Path) -> None:
+    shutil.rmtree(kept / "m.safetensors.training")
+    _refused(kept, "no training of .*m.safetensors to resume. Leave out --resume", resume=True)
+    (kept / "m.safetensors").write_bytes(b"a detector")
+    _refused(kept, "is there, so it may be finished. Leave out --resume", resume=True)
+
+
+def test_what_cannot_end_well_is_refused_before_the_first_step(dataset: Dataset, kept: Path) -> None:
+    with pytest.raises(InputError, match="padding is True, but the teacher's is False"):
+        _train(dataset, kept / "n.safetensors", dataclasses.replace(SETTINGS, padding=True, crop=None))
+    (kept / "n.safetensors").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        _train(dataset, kept / "n.safetensors")
+
+
+def test_all_bad_images_are_named_before_anything_is_changed(kept: Path) -> None:
+    train_files, validation = student._split(open_dataset(kept / "good"), SETTINGS)
+    shutil.copytree(kept / "good", kept / "penalty")
+    penalty = PenaltyImages(tuple(sorted((kept / "penalty").iterdir())), "penalty")
+    penalty.files[2].write_bytes(b"no image")
+    validation[1].write_bytes(validation[1].read_bytes()[:300])
+    train_files[0].write_bytes(b"")
+    before = _contents(kept)
+    with pytest.raises(ImageError, match="3 of 12 images cannot be used") as caught:
+        _train(open_dataset(kept / "good"), kept / "m.safetensors", penalty=penalty, restart=True)
+    assert _contents(kept) == before
+    lines = str(caught.value).splitlines()[1:]
+    for line, path, why in zip(
+        lines, (train_files[0], validation[1], penalty.files[2]), ("empty", "truncated", "not an image"), strict=True
+    ):
+        assert line.startswith(str(path)) and why in line
+
+
+def test_a_bad_validation_image_is_reported_on_resuming_too(kept: Path) -> None:
+    _, validation = student._split(open_dataset(kept / "good"), SETTINGS)
+    validation[0].write_bytes(b"no image")
+    _refused(kept, f"1 of 6 images cannot be used:\n{validation[0]}", resume=True)
+
+
+def test_an_image_that_vanishes_in_the_middle_does_not_take_the_steps_with_it(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(kept / "m.safetensors.training")
+    load = student._Batches.load
+
+    def failing(self: student._Batches, step: int) -> student._StepData:
+        if step == 3:
+            raise ImageError("gone.png: no such file")
+        return load(self, step)
+
+    monkeypatch.setattr(student._Batches, "load", failing)
+    with pytest.raises(ImageError, match="gone"):
+        _train(open_dataset(kept / "good"), kept / "m.safetensors")
+    assert student.kept_steps(kept / "m.safetensors") == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [(7, "7 of 9 steps are kept. Give the same command with --resume"), (0, "nothing is kept")],
+)
+def test_ctrl_c_says_what_is_kept(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, message: str
+) -> None:
+    def interrupted(dataset: Dataset, out: Path, settings: TrainSettings, **options: object) -> Detector:
+        assert options["resume"] and not options["restart"]
+        if steps:
+            save_state(student._state_file(out), {}, torch.optim.SGD([torch.zeros(1)]), steps, {"steps": 9})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(student, "train", interrupted)
+    arguments = ["train", dataset.root, "--out", tmp_path / "m.safetensors", "--teacher", "random", "--steps", 9]
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in [*arguments, "--resume"]])
+    assert result.exit_code == 130
+    assert message in result.stderr.replace("\n", " ")
 
 
 def test_caching_the_teacher_changes_its_features_by_half_precision_only(dataset: Dataset, tmp_path: Path) -> None:
@@ -213,10 +370,13 @@ def test_crops_lie_inside_images_whose_sides_are_no_multiples_of_4(dataset: Data
     assert {top for top, _ in drawn} == set(rows) and {left for _, left in drawn} == set(columns)
 
 
-def test_the_quick_preset_trains_at_a_size_that_is_no_multiple_of_4(dataset: Dataset, tmp_path: Path) -> None:
-    settings = dataclasses.replace(quick_training(steps=1), size=(257, 259), validation_fraction=0.3)
-    detector = _train(dataset, tmp_path / "m.safetensors", settings)
-    assert detector.size == (257, 259) and np.isfinite(detector.threshold)
+def test_the_quick_preset_takes_a_step_at_a_size_that_is_no_multiple_of_4(dataset: Dataset) -> None:
+    settings = dataclasses.replace(quick_training(), size=(257, 259))
+    data = student._Batches(dataset.train, settings, None, None).load(0)
+    detector = small_detector()
+    mean, std = torch.zeros(1, CHANNELS, 1, 1), torch.ones(1, CHANNELS, 1, 1)
+    losses = student.step_losses(detector.teacher, detector.student, detector.autoencoder, data, mean, std, settings)
+    assert all(torch.isfinite(value) for value in losses.values())
 
 
 def test_every_image_is_seen_once_an_epoch(dataset: Dataset) -> None:

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from efficientad_fast.data.decode import decode_image
 from efficientad_fast.data.folders import Dataset, split_validation
 from efficientad_fast.data.textures import synthetic_image
 from efficientad_fast.detector import Detector, Preprocessing
-from efficientad_fast.errors import DatasetError, InputError
+from efficientad_fast.errors import DatasetError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
 from efficientad_fast.plan import parse_device
 from efficientad_fast.reference.losses import hard_feature_loss, mean_squared_error, penalty_loss
@@ -44,7 +44,19 @@ from efficientad_fast.reference.networks import (
 from efficientad_fast.reference.preprocess import check_network_size, normalise, resize_antialias
 from efficientad_fast.training.augment import augment, to_grey
 from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate, threshold_from_scores
-from efficientad_fast.training.state import fingerprint, interruptible, load_state, save_state, step_seed
+from efficientad_fast.training.inputs import check_images, check_output
+from efficientad_fast.training.state import (
+    FileSizes,
+    KeptState,
+    file_sizes,
+    find_state,
+    fingerprint,
+    interruptible,
+    read_state,
+    save_state,
+    step_seed,
+    weights_digest,
+)
 from efficientad_fast.version import __version__
 
 PENALTY_LOAD_SIDE, PENALTY_SIDE, PENALTY_GREY = 512, 256, 0.3
@@ -370,21 +382,27 @@ def teacher_statistics(
 
 
 def _kept_statistics(
-    teacher: nn.Module,
+    teacher: PatchDescriptionNetwork,
     paths: Sequence[Path],
     settings: TrainSettings,
     device: torch.device,
     work: Path,
-    run: Mapping[str, Any],
     observer: Observer,
 ) -> tuple[Tensor, Tensor, np.ndarray | None]:
-    """:func:`teacher_statistics`, or what an interrupted run with the same images and settings left of it."""
+    """:func:`teacher_statistics`, or what an interrupted run with the same teacher and images left of it."""
     kept, cache = work / "statistics.safetensors", work / "teacher_features.npy" if settings.cache_teacher else None
-    identity = {"run": json.dumps(dict(run), sort_keys=True)}
-    if kept.exists():
+    identity = {
+        "teacher": weights_digest(teacher),
+        "padding": str(teacher.padding),
+        "images": fingerprint(paths),
+        "size": str(settings.size),
+    }
+    if kept.exists() and (cache is None or cache.exists()):
         tensors, metadata = read_tensors(kept)
         if metadata == identity:
             return tensors["mean"], tensors["std"], None if cache is None else np.load(cache, mmap_mode="r")
+    # Not to be taken for those of features that are about to be overwritten.
+    kept.unlink(missing_ok=True)
     mean, std, features = teacher_statistics(teacher, paths, settings, device, cache, observer)
     if isinstance(features, np.memmap):
         features.flush()
@@ -419,6 +437,36 @@ def _split(dataset: Dataset, settings: TrainSettings) -> tuple[tuple[Path, ...],
     return split_validation(dataset.train, settings.validation_fraction, settings.seed)
 
 
+def _work_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".training")
+
+
+def _state_file(out: Path) -> Path:
+    return _work_folder(out) / "state.safetensors"
+
+
+def kept_steps(out: str | os.PathLike[str]) -> int:
+    """How many steps the state beside ``out`` holds, which :func:`train` can continue; 0 where there is none.
+
+    Raises:
+        DetectorFileError: it is damaged.
+    """
+    path = _state_file(Path(out))
+    return read_state(path).step if path.exists() else 0
+
+
+def _state_to_continue(
+    out: Path, run: Mapping[str, Any], files: Mapping[str, FileSizes], *, resume: bool, restart: bool
+) -> KeptState | None:
+    if resume and restart:
+        raise InputError("--resume and --restart exclude each other: give one of them.")
+    state = None if restart else find_state(_state_file(out), run, files, resume=resume)
+    if resume and state is None:
+        finished = f" {out} is there, so it may be finished." if out.exists() else ""
+        raise InputError(f"There is no training of {out} to resume.{finished} Leave out --resume to train anew.")
+    return state
+
+
 def train(
     dataset: Dataset,
     out: str | os.PathLike[str],
@@ -428,44 +476,59 @@ def train(
     teacher_provenance: Mapping[str, Any],
     penalty: PenaltyImages | None = None,
     resume: bool = False,
+    restart: bool = False,
     device: str | torch.device = "cpu",
     observer: Observer | None = None,
 ) -> Detector:
     """Train a detector on a data set's good images and save it to ``out``.
 
-    A folder ``OUT.training`` beside it holds the resumable state and the cache, and is removed at the end.
+    A folder ``OUT.training`` beside it holds the resumable state and the cache, and is removed at the end. Before the
+    first step every image is decoded once, and a kept state is compared with this run before anything is changed.
 
     Args:
         dataset: where it has no validation images, a tenth of the training images is held back.
         teacher: its size becomes the student's.
         penalty: images for the pretraining penalty; ``None`` leaves the penalty out, which the provenance says.
-        resume: continue from the state beside ``out``, where there is one, to the same result as without a break.
+        resume: continue from the state beside ``out`` to the same result as without a break.
+        restart: drop that state.
 
     Returns:
         The detector as saved, with quantiles and threshold from the validation images.
 
     Raises:
-        DatasetError, ImageError, InputError: the images or the settings do not do.
-        KeyboardInterrupt: after Ctrl-C, with the state saved; resume continues.
+        DatasetError, ImageError, InputError: the images or the settings do not do; a state is there and neither
+            ``resume`` nor ``restart`` was given; ``resume`` was, and there is none, or one of another run.
+        KeyboardInterrupt: after Ctrl-C, in the steps with the state saved: see :func:`kept_steps`.
     """
     started = time.monotonic()
     out = Path(out)
     observer = observer or _Silent()
     target = parse_device(device)
+    if teacher.padding != settings.padding:
+        raise InputError(f"padding is {settings.padding}, but the teacher's is {teacher.padding}; give one for both.")
     paths, validation = _split(dataset, settings)
-    work = out.with_name(out.name + ".training")
-    state_file = work / "state.safetensors"
+    work, state_file = _work_folder(out), _state_file(out)
     run = {
         **json.loads(json.dumps({key: value for key, value in asdict(settings).items() if key != "save_every"})),
-        "images": fingerprint(paths),
-        "penalty images": None if penalty is None else fingerprint(penalty.files) if penalty.files else penalty.name,
+        "penalty": None if penalty is None else "files" if penalty.files else penalty.name,
         "teacher": dict(teacher_provenance),
+        "teacher weights": weights_digest(teacher),
     }
-    if not resume and work.exists():
+    files = {"training images": file_sizes(paths)}
+    if penalty is not None and penalty.files:
+        files["penalty images"] = file_sizes(penalty.files)
+    check_output(out)
+    state = _state_to_continue(out, run, files, resume=resume, restart=restart)
+    check_images(
+        [*paths, *validation, *(penalty.files if penalty is not None else ())],
+        decode_image,
+        lambda done, total: observer.progress("checking images", done, total),
+    )
+    if state is None and work.exists():
         shutil.rmtree(work)
 
     teacher = teacher.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    mean, std, features = _kept_statistics(teacher, paths, settings, target, work, run, observer)
+    mean, std, features = _kept_statistics(teacher, paths, settings, target, work, observer)
     student, autoencoder = new_networks(teacher, settings)
     for network in (student, autoencoder):
         network.to(device=target, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -475,12 +538,15 @@ def train(
         weight_decay=settings.weight_decay,
     )
     trained = {"student": student, "autoencoder": autoencoder}
-    first = load_state(state_file, trained, optimiser, run) if resume and state_file.exists() else 0
-    _take_steps(
-        teacher, student, autoencoder, optimiser, _Batches(paths, settings, penalty, features), settings,
-        first, (mean.to(target), std.to(target)), lambda step: save_state(state_file, trained, optimiser, step, run),
-        observer,
-    )  # fmt: skip
+    first = 0 if state is None else state.restore(trained, optimiser)
+    del state
+
+    def save(step: int) -> None:
+        save_state(state_file, trained, optimiser, step, run, files)
+
+    batches = _Batches(paths, settings, penalty, features)
+    statistics = mean.to(target), std.to(target)
+    _take_steps(teacher, student, autoencoder, optimiser, batches, settings, first, statistics, save, observer)
     detector = Detector(
         teacher.cpu(),
         student.cpu(),
@@ -526,25 +592,33 @@ def _take_steps(
     settings: TrainSettings,
     first: int,
     statistics: tuple[Tensor, Tensor],
-    save: Any,
+    save: Callable[[int], None],
     observer: Observer,
 ) -> None:
     mean, std = (statistic.view(1, -1, 1, 1) for statistic in statistics)
     reported = 0.0
+    done = first
     with interruptible() as interruption, torch.random.fork_rng():
-        for step, data in batches.ahead(first, settings.steps):
-            torch.manual_seed(step_seed(settings.seed, step, "dropout"))
-            for group in optimiser.param_groups:
-                group["lr"] = _learning_rate(settings, step)
-            losses = step_losses(teacher, student, autoencoder, data, mean, std, settings)
-            optimiser.zero_grad(set_to_none=True)
-            torch.stack(list(losses.values())).sum().backward()
-            optimiser.step()
-            if time.monotonic() - reported > 0.5 or step + 1 == settings.steps:
-                reported = time.monotonic()
-                observer.losses(step, {name: value.item() for name, value in losses.items()})
-            observer.progress("steps", step + 1, settings.steps)
-            if interruption.requested or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                save(step + 1)
-            if interruption.requested:
-                raise KeyboardInterrupt
+        try:
+            for step, data in batches.ahead(first, settings.steps):
+                torch.manual_seed(step_seed(settings.seed, step, "dropout"))
+                for group in optimiser.param_groups:
+                    group["lr"] = _learning_rate(settings, step)
+                losses = step_losses(teacher, student, autoencoder, data, mean, std, settings)
+                optimiser.zero_grad(set_to_none=True)
+                torch.stack(list(losses.values())).sum().backward()
+                optimiser.step()
+                done = step + 1
+                if time.monotonic() - reported > 0.5 or done == settings.steps:
+                    reported = time.monotonic()
+                    observer.losses(step, {name: value.item() for name, value in losses.items()})
+                observer.progress("steps", done, settings.steps)
+                if interruption.requested or done % settings.save_every == 0 or done == settings.steps:
+                    save(done)
+                if interruption.requested:
+                    raise KeyboardInterrupt
+        except ImageError:
+            # A file that was there before the first step has gone; the steps taken need not go with it.
+            if done > first:
+                save(done)
+            raise
