@@ -2,6 +2,9 @@
 # make test    install with the test tools, then run the tests
 # make lint    ruff and mypy
 # make bench   time predictions
+# make kernel-report  compile every GPU kernel and print registers, spills, shared memory; needs no GPU
+# make gpu-check  every operator's tests and benchmarks on this machine's GPU, without a network; WHEEL=FILE takes
+#              libraries built elsewhere. Without a GPU it runs what can be run
 # make clean   remove what was built (the environment stays, and is completed by the next make)
 #
 # Settings, on the command line or in the environment:
@@ -34,7 +37,7 @@ SETTINGS := $(VENV)/.settings
 BUILD_INPUTS := setup.py build_backend.py pyproject.toml efficientad_fast/ops/schemas.inc \
                 $(shell find csrc -type f)
 
-.PHONY: help demo test lint bench clean FORCE
+.PHONY: help demo test lint bench kernel-report gpu-check clean FORCE
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -52,6 +55,18 @@ lint: $(TESTS)
 
 bench: $(TESTS)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+kernel-report: $(TESTS)
+	$(BIN)/python -m benchmarks.kernel_report --check
+
+# A machine with a GPU may have PyTorch and the test tools in its own Python, and nowhere to get them from.
+gpu-check:
+	@if [ ! -e $(TESTS) ] && $(PYTHON) -c 'import torch, pytest, pytest_benchmark, hypothesis' 2> /dev/null; then \
+	  python=$(PYTHON); \
+	else \
+	  $(MAKE) $(TESTS); python=$(BIN)/python; \
+	fi; \
+	set -x; $$python -m benchmarks.gpu_check $(if $(WHEEL),--wheel $(WHEEL))
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
