@@ -14,9 +14,10 @@ from cases import preprocess as preprocess_cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_cases import Case, cases, cases_module, numbers
-from tolerances import EXACT
+from tolerances import EXACT, tolerance
 from torch import Tensor
 
+from efficientad_fast.ops import anomaly_map as anomaly_map_operator
 from efficientad_fast.reference.preprocess import preprocess as preprocess_reference
 
 OPERATORS = ("anomaly_map", "preprocess")
@@ -195,3 +196,12 @@ def test_quantiles_of_the_drop_in_may_have_strides() -> None:
     expected = emulated.anomaly_map_drop_in(*maps, pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, EXACT)
+
+
+def test_quantiles_of_the_drop_in_are_subtracted_in_float64() -> None:
+    """Two that are one number in float32 do not divide by zero."""
+    maps = [numbers((1, 1, 3, 7), seed=seed) for seed in range(2)]
+    near = torch.tensor([1.0, 1.0 + 1e-9], dtype=torch.float64)
+    expected = anomaly_map_operator.reference_drop_in(*maps, near, near)
+    for one, other in zip(emulated.anomaly_map_drop_in(*maps, near, near), expected, strict=True):
+        assert_close(one, other, tolerance("anomaly_map", torch.float32))

@@ -74,9 +74,9 @@ __device__ __forceinline__ T larger(T a, T b) {
   return b > a || b != b ? b : a;
 }
 
-// score = larger(score, value), between blocks. Read as signed integers, the bits of numbers that are not negative are in
-// the numbers' order; read as unsigned ones, those of negative numbers are in the opposite order and beyond all others.
-// A positive NaN is the largest of the former.
+// score = larger(score, value), between blocks. As signed integers, the bits of numbers that are not negative are in
+// the numbers' order; as unsigned ones, those of negative numbers are in the opposite order, beyond all others. A
+// positive NaN is the largest of the former.
 __device__ __forceinline__ void raise_score(float* score, float value) {
   const int bits = value != value ? 0x7fffffff : __float_as_int(value);
   if (bits >= 0) {

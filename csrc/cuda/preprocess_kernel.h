@@ -97,8 +97,8 @@ __device__ __forceinline__ double centre_of(const Axis& axis, int output) {
   return rounded_product(static_cast<double>(output) + 0.5, axis.scale);
 }
 
-// Inputs from first_input to end_input - 1 make an output. Where there is nothing to resize, its own alone does, so that
-// a NaN next to it stays there.
+// Inputs from first_input to end_input - 1 make an output. Where there is nothing to resize, its own alone does, so
+// that a NaN next to it stays there.
 __device__ __forceinline__ int first_input(const Axis& axis, int output) {
   if (axis.length == axis.target) {
     return output;
