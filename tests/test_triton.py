@@ -1,0 +1,115 @@
+"""The Triton kernels in Triton's interpreter, and what is said of them without it.
+
+The interpreter is chosen when a kernel is decorated, hence the processes of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from efficientad_fast import ops
+from efficientad_fast.errors import InputError
+
+pytest.importorskip("triton")
+
+# Every case's numbers and refusals. The interpreter is slow: how an operator treats its arguments, and what opcheck
+# looks at, is tried on a few cases, and the one with hundreds of taps only where there is a GPU.
+EVERY_CASE = "(test_results or test_drawn_shapes or test_refusals) and not memory"
+A_FEW_CASES = "pixel or empty or equal or (into and native)"
+CHOSEN = f"triton and not (preprocess and smaller) and ({EVERY_CASE} or {A_FEW_CASES})"
+RUNS = (["tests/test_operators.py", "-k", CHOSEN], ["tests/test_triton_kernels.py"])
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_kernels_in_the_interpreter() -> None:
+    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        return python(
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"
+        )
+
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(run, RUNS))
+    for result in results:
+        output = result.stdout + result.stderr
+        assert result.returncode == 0, output
+        passed = re.search(r"(\d+) passed", result.stdout)
+        assert passed is not None and int(passed[1]) > 0, output
+
+
+def test_triton_is_imported_only_where_it_is_needed() -> None:
+    code = (
+        "import sys; from efficientad_fast import ops; ops.load(); ops.implementations(); "
+        "print([name for name in sys.modules if name.partition('.')[0] == 'triton'])"
+    )
+    result = python("-c", code)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    ops.load_implementation("triton")
+    maps = [torch.zeros(1, 1, 4, 4) for _ in range(2)]
+    with pytest.raises(InputError, match=r"^anomaly_map: map_st must be on a CUDA device, got cpu\.$"):
+        torch.ops.efficientad_fast_triton.anomaly_map(*maps, [8, 8])
+    with pytest.raises(InputError, match=r"^anomaly_map: map_st must be on a CUDA device, got cpu\.$"):
+        torch.ops.efficientad_fast_triton.anomaly_map.drop_in(*maps)
+    with pytest.raises(InputError, match=r"^preprocess: image must be on a CUDA device, got cpu\.$"):
+        torch.ops.efficientad_fast_triton.preprocess(torch.zeros(1, 4, 4, 3), [8, 8])
+
+
+def test_launches_are_made_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from efficientad_fast.triton_kernels import launching
+
+    events: list[Any] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            events.append(f"to {self.device}")
+
+        def __exit__(self, *error: object) -> None:
+            events.append("back")
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: events.append((grid, arguments, options))
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    launching.launch(Kernel(), 5, torch.device("cuda", 3), ["x", 1], BLOCK=2)
+    assert events == ["to cuda:3", ((5,), ("x", 1), {"BLOCK": 2}), "back"]
+    launching.launch(Kernel(), 0, torch.device("cuda", 3), ["x", 1], BLOCK=2)
+    assert len(events) == 3, "nothing to do, and still launched"
+
+
+def test_launches_can_be_written_down_instead() -> None:
+    from efficientad_fast.triton_kernels import launching
+
+    kernel = SimpleNamespace(arg_names=["x_ptr", "count", "BLOCK"])
+    with launching.recorded() as launches:
+        launching.launch(kernel, 5, torch.device("meta"), ["x", 7], BLOCK=2, num_warps=4)
+    assert launches == [launching.Launch(kernel, {"x_ptr": "x", "count": 7, "BLOCK": 2}, {"num_warps": 4})]
+    with launching.recorded() as launches:
+        pass
+    assert launches == []

@@ -1,0 +1,146 @@
+"""What the Triton kernels do beyond the cases of `test_operators.py`: bounds, blocks, special values, exact levels.
+
+Runs in Triton's interpreter, which test_triton.py starts, else on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from assertions import assert_close
+from tolerances import EXACT, tolerance
+from torch import Tensor
+
+from efficientad_fast import ops
+from efficientad_fast.ops import anomaly_map as maps_contract
+from efficientad_fast.reference.preprocess import preprocess as preprocess_one
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytest.importorskip("triton")
+
+GENERATOR = torch.Generator().manual_seed(3)
+FENCE = 97.0  # stands around what a kernel may write
+
+
+def kernel(name: str, overload: str = "default") -> torch._ops.OpOverload:
+    ops.load_implementation("triton")
+    return getattr(getattr(torch.ops.efficientad_fast_triton, name), overload)
+
+
+def random_maps(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return tuple(torch.rand(shape, generator=GENERATOR, dtype=torch.float64).to(dtype).to(DEVICE) for _ in range(2))
+
+
+def random_image(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    levels = torch.randint(0, 256, shape, generator=GENERATOR, dtype=torch.uint8)
+    if dtype != torch.uint8:
+        # Levels, and the halves between them, which round to the even one.
+        return ((levels.double() + 0.5 * (levels % 3 == 0)) / 255).to(dtype).to(DEVICE)
+    return levels.to(DEVICE)
+
+
+def fenced(tensor: Tensor, fence: float, by: int = 4096) -> tuple[Tensor, Tensor]:
+    """The tensor with its strides in the middle of memory full of ``fence``, and that memory."""
+    memory = torch.full((tensor.numel() + 2 * by,), fence, dtype=tensor.dtype, device=tensor.device)
+    inside = memory.as_strided(tensor.shape, tensor.stride(), by)
+    inside.copy_(tensor)
+    return inside, memory
+
+
+def assert_fence_stands(memory: Tensor, fence: float, by: int = 4096) -> None:
+    assert bool((memory[:by] == fence).all()) and bool((memory[-by:] == fence).all()), "written out of bounds"
+
+
+@pytest.mark.parametrize(
+    "shape, size, border",
+    [((5, 4), (9, 300), 0), ((5, 4), (300, 9), 2), ((40, 3), (41, 130), 1), ((3, 200), (2, 7), 0), ((6, 6), (6, 6), 0)],
+)
+def test_anomaly_map_over_many_tiles(shape: tuple[int, int], size: tuple[int, int], border: int) -> None:
+    """Several tiles a side, more outputs between two rows than a tile has, and fewer rows out than in."""
+    quantiles = [0.2, 0.7, 0.1, 0.9]
+    map_st, map_ae = (fenced(one, math.nan)[0] for one in random_maps(3, 1, *shape))
+    memories = []
+    outputs = []
+    for one in (torch.empty(3, 1, *size), torch.empty(3)):
+        inside, memory = fenced(one.to(DEVICE), FENCE)
+        outputs.append(inside)
+        memories.append(memory)
+    kernel("anomaly_map", "out")(map_st, map_ae, quantiles, border=border, anomaly_map=outputs[0], score=outputs[1])
+    expected = maps_contract.reference(map_st.double(), map_ae.double(), size, quantiles, border=border)
+    for actual, trusted in zip(outputs, expected, strict=True):
+        assert_close(actual, trusted, tolerance("anomaly_map", torch.float32))
+    assert_close(outputs[1], outputs[0].amax((1, 2, 3)), EXACT, "score, which is the map's maximum")
+    for memory in memories:
+        assert_fence_stands(memory, FENCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_of_either_sign(dtype: torch.dtype) -> None:
+    """The programs' maxima are compared as bits, which a sign turns round."""
+    values = torch.tensor([-3.0, -0.0, 0.0, 2.0, -1e30, math.nan, -math.nan], dtype=dtype)
+    map_st = torch.full((len(values), 1, 12, 5), -2e30, dtype=dtype)  # rows for several programs
+    for place in (0, 6, 11):
+        map_st[:, 0, place, 3] = values
+        _, score = kernel("anomaly_map")(map_st.to(DEVICE), map_st.to(DEVICE), [12, 5])
+        assert_close(score, values, EXACT)
+
+
+def test_every_place_of_a_nan_reaches_the_score() -> None:
+    height, width = 9, 4
+    map_st = torch.rand((height * width, 1, height, width), generator=GENERATOR)
+    map_st.view(height * width, -1).fill_diagonal_(math.nan)
+    map_ae = torch.zeros_like(map_st)
+    anomaly_map, score = kernel("anomaly_map")(map_st.to(DEVICE), map_ae.to(DEVICE), [20, 8])
+    assert bool(torch.isnan(score).all())
+    assert not bool(torch.isnan(anomaly_map).flatten(1).all(1).any())
+
+
+def test_float64_coefficients_are_not_rounded_to_float32() -> None:
+    map_st, map_ae = random_maps(1, 1, 4, 4, dtype=torch.float64)
+    quantiles = [0.1, 1 / 3, 0.3, 0.7]
+    actual = kernel("anomaly_map")(map_st, map_ae, [9, 9], quantiles)
+    for one, trusted in zip(actual, maps_contract.reference(map_st, map_ae, [9, 9], quantiles), strict=True):
+        assert_close(one, trusted, tolerance("anomaly_map", torch.float64))
+
+
+def test_drop_in_over_several_blocks_with_strided_quantiles() -> None:
+    map_st, map_ae = random_maps(3, 1, 23, 31)  # 2139 elements
+    quantiles = torch.tensor([0.2, 9.0, 0.7, 9.0, 0.1, 9.0, 0.8], device=DEVICE)
+    pairs = (quantiles[0:4:2], quantiles[4::2])
+    actual = kernel("anomaly_map", "drop_in")(map_st, map_ae, *pairs)
+    expected = maps_contract.reference_drop_in(map_st.double(), map_ae.double(), *pairs)
+    for one, trusted in zip(actual, expected, strict=True):
+        assert_close(one, trusted, tolerance("anomaly_map", torch.float32))
+
+
+# More taps than a block has on one side or both; fewer outputs than a block, and more.
+SIZES = [((61, 47), (5, 4)), ((40, 9), (3, 11)), ((3, 33), (7, 2)), ((5, 5), (2, 300)), ((16, 64), (4, 16))]
+
+
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("given, size", SIZES)
+def test_pillow_is_exact(given: tuple[int, int], size: tuple[int, int], source: torch.dtype) -> None:
+    """Not only the levels: the normalised result has the bits of the reference's float32."""
+    image = random_image(1, *given, 3, dtype=source)
+    actual = kernel("preprocess")(image, list(size), resize="pillow")
+    expected = [preprocess_one(one, size, resize="pillow") for one in image.movedim(3, 1)]
+    assert_close(actual, torch.stack(expected), EXACT)
+
+
+@pytest.mark.parametrize("resize", ["antialias", "pillow"])
+@pytest.mark.parametrize("given, size, channels_last", [(*SIZES[0], True), (*SIZES[1], False), (*SIZES[3], True)])
+def test_preprocess_stays_within_its_memory(
+    given: tuple[int, int], size: tuple[int, int], channels_last: bool, resize: str
+) -> None:
+    image, _ = fenced(random_image(2, *given, 3, dtype=torch.float32), math.nan)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out, memory = fenced(torch.empty((2, 3, *size), device=DEVICE).contiguous(memory_format=layout), FENCE)
+    kernel("preprocess", "out")(image, resize=resize, out=out)
+    expected = [preprocess_one(one.double(), size, resize=resize, dtype=torch.float64) for one in image.movedim(3, 1)]
+    assert_close(out, torch.stack(expected), tolerance("preprocess", torch.float32))
+    assert_fence_stands(memory, FENCE)
