@@ -144,6 +144,10 @@ def train(
         typer.Option(help="Images for the pretraining penalty: a folder, 'generated', or 'none'."),
     ] = "none",
     padding: Annotated[bool, typer.Option("--padding", help="Pad the networks' convolutions.")] = False,
+    max_value: Annotated[
+        int | None, typer.Option(help="Value of white in 16-bit files, such as 4095 for 12 bits (default 65535).")
+    ] = None,
+    apply_exif: Annotated[bool, typer.Option("--apply-exif", help="Turn photographs upright.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Drop an interrupted training and start anew.")] = False,
@@ -167,6 +171,8 @@ def train(
             padding=padding,
             seed=seed,
             crop=None if padding else settings.crop,
+            max_value=max_value,
+            apply_exif=apply_exif,
         )
         network, provenance = _teacher(teacher, padding)
         console.print(f"teacher: {escape(_teacher_line(provenance))}", soft_wrap=True)

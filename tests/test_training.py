@@ -159,6 +159,10 @@ def _refused(kept: Path, message: str, settings: TrainSettings = SETTINGS, **opt
 
 def test_resuming_with_other_settings_says_which(kept: Path) -> None:
     _refused(kept, "learning_rate", dataclasses.replace(SETTINGS, learning_rate=2e-3), resume=True)
+    _refused(
+        kept, "max_value = None, but this run has 4095", dataclasses.replace(SETTINGS, max_value=4095), resume=True
+    )
+    _refused(kept, "apply_exif = False", dataclasses.replace(SETTINGS, apply_exif=True), resume=True)
     _refused(kept, "penalty = None, but this run has 'generated images'", penalty=PenaltyImages(), resume=True)
 
 
@@ -409,6 +413,92 @@ def test_whole_images_with_padding_train(dataset: Dataset, tmp_path: Path) -> No
     assert detector.student.padding and detector.provenance["penalty"] == "generated images"
 
 
+# How images are decoded
+
+
+def _inputs(settings: TrainSettings, dataset: Dataset) -> dict[str, torch.Tensor]:
+    """All that a training takes from its images: teacher statistics, a step's data, quantiles."""
+    paths = dataset.train[:2]
+    teacher, observer = _teacher(), student._Silent()
+    mean, std, _ = student.teacher_statistics(teacher, paths, settings, torch.device("cpu"), None, observer)
+    step = student._Batches(paths, settings, PenaltyImages(paths, "files"), None).load(0)
+    assert step.penalty is not None
+    quantiles, _ = calibrate(small_detector(preprocessing=settings.preprocessing), paths[:1])
+    values = torch.tensor(dataclasses.astuple(quantiles))
+    return {"mean": mean, "std": std, "crops": step.crops, "whole": step.whole, "penalty": step.penalty, "q": values}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Dataset]:
+    """The same grey images in files of 12, 16 and 8 bits. Fifteenths of white are whole numbers in all three."""
+    folder = tmp_path_factory.mktemp("deep")
+    rng = np.random.default_rng(3)
+    for index in range(4):
+        fifteenths = rng.integers(0, 16, (40, 30), dtype=np.uint16)
+        for bits, white, dtype in ((12, 4095, np.uint16), (16, 65535, np.uint16), (8, 255, np.uint8)):
+            (folder / str(bits)).mkdir(exist_ok=True)
+            pixels = (fifteenths * np.uint16(white // 15)).astype(dtype)
+            Image.fromarray(pixels).save(folder / str(bits) / f"{index}.png")
+    return {bits: open_dataset(folder / str(bits)) for bits in (12, 16, 8)}
+
+
+def test_12_bit_images_give_what_the_same_images_give_in_other_depths(deep: dict[int, Dataset]) -> None:
+    inputs = _inputs(dataclasses.replace(SETTINGS, max_value=4095), deep[12])
+    for bits in (16, 8):
+        torch.testing.assert_close(_inputs(SETTINGS, deep[bits]), inputs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_detector_of_12_bit_images_keeps_their_white_and_needs_it(deep: dict[int, Dataset], tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=1, max_value=4095, apply_exif=True)
+    _train(deep[12], tmp_path / "m.safetensors", settings)
+    detector = Detector.load(tmp_path / "m.safetensors")
+    assert (detector.preprocessing.max_value, detector.preprocessing.apply_exif) == (4095, True)
+    assert detector.provenance["settings"]["max_value"] == 4095
+    paths, validation = student._split(deep[8], SETTINGS)
+    mean, std, _ = student.teacher_statistics(_teacher(), paths, SETTINGS, torch.device("cpu"), None, student._Silent())
+    torch.testing.assert_close(detector.teacher_mean, mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(detector.teacher_std, std, rtol=1e-6, atol=1e-7)
+    quantiles, _ = calibrate(detector, validation)
+    assert detector.quantiles is not None
+    assert dataclasses.astuple(detector.quantiles) == pytest.approx(dataclasses.astuple(quantiles), rel=1e-4)
+    with pytest.raises(ImageError, match=r"4 of 4 images cannot be used:\n.*0.png: .*1023"):
+        _train(deep[12], tmp_path / "n.safetensors", dataclasses.replace(SETTINGS, max_value=1023))
+    with pytest.raises(InputError, match="max_value"):
+        dataclasses.replace(SETTINGS, max_value=0)
+
+
+def test_photographs_are_turned_upright_where_asked_for(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    for index in range(2):
+        pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        for name, content, tag in (("turned", np.rot90(pixels), exif), ("upright", pixels, None)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(content).save(tmp_path / name / f"{index}.png", exif=tag)
+    turned, upright = (open_dataset(tmp_path / name) for name in ("turned", "upright"))
+    expected = _inputs(SETTINGS, upright)
+    torch.testing.assert_close(_inputs(dataclasses.replace(SETTINGS, apply_exif=True), turned), expected)
+    lying = student._Batches(turned.train, SETTINGS, None, None).load(0)
+    assert not torch.allclose(lying.whole, expected["whole"], atol=0.1)
+
+
+def test_the_command_passes_on_how_images_are_decoded(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[TrainSettings] = []
+
+    def stopped(dataset: Dataset, out: Path, settings: TrainSettings, **options: object) -> Detector:
+        seen.append(settings)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(student, "train", stopped)
+    arguments = ["train", dataset.root, "--out", tmp_path / "m.safetensors", "--teacher", "random"]
+    for options in ([], ["--max-value", 4095, "--apply-exif"]):
+        CliRunner().invoke(cli.app, [str(argument) for argument in [*arguments, *options]])
+    assert [(one.max_value, one.apply_exif) for one in seen] == [(None, False), (4095, True)]
+
+
 def test_one_image_is_not_enough(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "only.png")
     with pytest.raises(DatasetError, match="at least 2"):
@@ -496,7 +586,9 @@ def test_augmenting_uses_all_three_adjustments_within_their_range() -> None:
 
 def test_penalty_images_are_drawn_from_the_seed(dataset: Dataset) -> None:
     for source in (PenaltyImages(), PenaltyImages(dataset.train, "files")):
-        first, again, other = (source.draw(torch.Generator().manual_seed(seed)) for seed in (0, 0, 5))
+        first, again, other = (
+            source.draw(torch.Generator().manual_seed(seed), SETTINGS.preprocessing) for seed in (0, 0, 5)
+        )
         assert first.shape == (3, 256, 256)
         assert torch.equal(first, again) and not torch.equal(first, other)
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efficientad_fast.data.decode import decode_image
 from efficientad_fast.detector import Detector
 from efficientad_fast.errors import InputError
 from efficientad_fast.reference import maps
@@ -57,7 +56,7 @@ def calibrate(
     with tempfile.TemporaryDirectory(prefix="efficientad_fast-") as folder:
         spool: np.memmap | None = None
         for index, path in enumerate(validation):
-            image = decode_image(path)
+            image = detector.preprocessing.decode(path)
             original_sizes.append((image.shape[-2], image.shape[-1]))
             raw = plan.raw_maps(detector.preprocessing(image).unsqueeze(0))
             pair = torch.cat(raw).squeeze(1).float().cpu().numpy()

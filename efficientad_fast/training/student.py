@@ -23,7 +23,6 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from efficientad_fast.data.decode import decode_image
 from efficientad_fast.data.folders import Dataset, split_validation
 from efficientad_fast.data.textures import synthetic_image
 from efficientad_fast.detector import Detector, Preprocessing
@@ -41,7 +40,7 @@ from efficientad_fast.reference.networks import (
     normalise_features,
     split_student,
 )
-from efficientad_fast.reference.preprocess import check_network_size, normalise, resize_antialias
+from efficientad_fast.reference.preprocess import normalise, resize_antialias
 from efficientad_fast.training.augment import augment, to_grey
 from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate, threshold_from_scores
 from efficientad_fast.training.inputs import check_images, check_output
@@ -81,6 +80,8 @@ class TrainSettings:
         hard_fraction: quantile of the squared differences from which on they count.
         initialisation: of student and autoencoder. PyTorch's own shrinks the signal in every layer, so that the
             autoencoder's 14 give their bias alone for the first few hundred steps; ``"kaiming"`` keeps its scale.
+        max_value, apply_exif: how image files are decoded, see :class:`efficientad_fast.detector.Preprocessing`; the
+            detector keeps them.
         validation_fraction: share of the training images held back where the data set brings no validation images.
         save_every: steps from one resumable state to the next.
     """
@@ -101,12 +102,14 @@ class TrainSettings:
     crop: int | None = None
     autoencoder_images: int | None = None
     cache_teacher: bool = False
+    max_value: int | None = None
+    apply_exif: bool = False
     validation_fraction: float = 0.1
     seed: int = 0
     save_every: int = 1000
 
     def __post_init__(self) -> None:
-        check_network_size(self.size)
+        object.__setattr__(self, "size", self.preprocessing.size)
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -120,6 +123,11 @@ class TrainSettings:
                 raise InputError("crop and padding exclude each other: a padded network on a crop is not its crop.")
             if not smallest <= self.crop <= min(self.size) or self.crop % FEATURE_STRIDE:
                 raise InputError(f"crop must be a multiple of 4 from {smallest} to {min(self.size)}, got {self.crop}.")
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the detector sees an image."""
+        return Preprocessing(size=self.size, max_value=self.max_value, apply_exif=self.apply_exif)
 
 
 def quick_training(steps: int = 360, seed: int = 0) -> TrainSettings:
@@ -161,10 +169,14 @@ class PenaltyImages:
     files: tuple[Path, ...] = ()
     name: str = "generated images"
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """A random one at 512x512, grey with probability 0.3, centre-cropped to 256: ``(3, 256, 256)``, normalised."""
+    def draw(self, generator: torch.Generator, preprocessing: Preprocessing) -> Tensor:
+        """A random one at 512x512, grey with probability 0.3, centre-cropped to 256: ``(3, 256, 256)``, normalised.
+
+        Args:
+            preprocessing: decodes the files.
+        """
         if self.files:
-            image = decode_image(self.files[int(torch.randint(len(self.files), (), generator=generator))])
+            image = preprocessing.decode(self.files[int(torch.randint(len(self.files), (), generator=generator))])
         else:
             seed = int(torch.randint(1 << 31, (), generator=generator))
             image = torch.from_numpy(synthetic_image(0, seed=seed, size=PENALTY_LOAD_SIDE)).permute(2, 0, 1)
@@ -206,6 +218,7 @@ class _Batches:
         self._settings = settings
         self._penalty = penalty
         self._features = features
+        self._preprocessing = settings.preprocessing
         self._feature_size = feature_size(settings.size, padding=settings.padding)
 
     def _indices(self, step: int) -> list[int]:
@@ -249,7 +262,7 @@ class _Batches:
         whole_features: list[Tensor] = []
         penalties: list[Tensor] = []
         for index in self._indices(step):
-            image = resize_antialias(decode_image(self._paths[index]), settings.size)
+            image = resize_antialias(self._preprocessing.decode(self._paths[index]), settings.size)
             place = self._place(generator)
             places.append(place)
             crops.append(self._crop(normalise(image), place))
@@ -261,7 +274,7 @@ class _Batches:
                 if cached is not None and not settings.augment:
                     whole_features.append(torch.from_numpy(np.array(cached)).movedim(-1, 0))
             if self._penalty is not None:
-                penalty = self._penalty.draw(generator)
+                penalty = self._penalty.draw(generator, self._preprocessing)
                 side = min(settings.crop or PENALTY_SIDE, PENALTY_SIDE)
                 top, left = (int(torch.randint(PENALTY_SIDE - side + 1, (), generator=generator)) for _ in range(2))
                 penalties.append(penalty[:, top : top + side, left : left + side])
@@ -354,11 +367,12 @@ def teacher_statistics(
     Raises:
         ImageError: an image cannot be decoded. InputError: a channel that never changes.
     """
+    preprocessing = settings.preprocessing
     height, width = feature_size(settings.size, padding=settings.padding)
     features: np.ndarray | None = None
     total = squares = torch.zeros(())
     for index, path in enumerate(paths):
-        image = normalise(resize_antialias(decode_image(path), settings.size)).unsqueeze(0)
+        image = normalise(resize_antialias(preprocessing.decode(path), settings.size)).unsqueeze(0)
         with torch.inference_mode():
             output = teacher(image.to(device).contiguous(memory_format=torch.channels_last))[0]
         if cache is not None:
@@ -395,7 +409,7 @@ def _kept_statistics(
         "teacher": weights_digest(teacher),
         "padding": str(teacher.padding),
         "images": fingerprint(paths),
-        "size": str(settings.size),
+        "preprocessing": json.dumps(asdict(settings.preprocessing)),
     }
     if kept.exists() and (cache is None or cache.exists()):
         tensors, metadata = read_tensors(kept)
@@ -521,7 +535,7 @@ def train(
     state = _state_to_continue(out, run, files, resume=resume, restart=restart)
     check_images(
         [*paths, *validation, *(penalty.files if penalty is not None else ())],
-        decode_image,
+        settings.preprocessing.decode,
         lambda done, total: observer.progress("checking images", done, total),
     )
     if state is None and work.exists():
@@ -553,7 +567,7 @@ def train(
         autoencoder.cpu(),
         mean,
         std,
-        preprocessing=Preprocessing(size=settings.size),
+        preprocessing=settings.preprocessing,
         map_convention=settings.map_convention,
         pad_maps=settings.pad_maps,
     )
