@@ -6,9 +6,10 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,7 @@ from rich.table import Table
 from efficientad_fast.errors import EfficientADError, InputError
 
 if TYPE_CHECKING:
-    from efficientad_fast.detector import Prediction
+    from efficientad_fast.detector import DecodeOptions, Detector, Prediction
     from efficientad_fast.evaluation import Evaluation
     from efficientad_fast.reference.networks import ModelSize, PatchDescriptionNetwork
     from efficientad_fast.training.student import PenaltyImages
@@ -109,6 +110,10 @@ def _told_plainly() -> Iterator[None]:
     except EfficientADError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
+    except BrokenPipeError:
+        # Whoever read has had enough, such as `head`; nothing must be written when Python closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
     except OSError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
@@ -198,9 +203,10 @@ def train(
         console.print(f"saved {escape(str(out))}, threshold {detector.threshold:.4f}", soft_wrap=True)
 
 
-def _tell_stopped(kept: int, steps: int) -> None:
-    if kept:
-        errors.print(f"stopped; {kept} of {steps} steps are kept. Give the same command with --resume to go on.")
+def _tell_stopped(kept: int, steps: int, targets: int = 0) -> None:
+    if kept or targets:
+        what = f"{kept} of {steps} steps" if kept else f"the targets of {targets} images"
+        errors.print(f"stopped; {what} are kept. Give the same command with --resume to go on.", soft_wrap=True)
     else:
         errors.print("stopped before the first step; nothing is kept. Give the same command to start anew.")
 
@@ -238,65 +244,84 @@ def predict(
     batch_size: BatchOption = 1,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
-    max_value: Annotated[int | None, typer.Option(help="Value of white in 16-bit files (default 65535).")] = None,
-    apply_exif: Annotated[bool, typer.Option("--apply-exif", help="Turn photographs upright.")] = False,
+    max_value: Annotated[
+        int | None, typer.Option(help="Value of white in 16-bit files, in place of the detector's own.")
+    ] = None,
+    apply_exif: Annotated[
+        bool | None,
+        typer.Option("--apply-exif/--ignore-exif", help="Turn photographs upright, in place of the detector's own."),
+    ] = None,
 ) -> None:
     """Predict images: score, and whether it is above the detector's threshold.
 
-    One line an image goes to standard output: score, verdict, path, separated by tabs. A file that cannot be read is
-    reported on standard error and the exit code is 1; the others are predicted.
+    One line an image goes to standard output: score, verdict, path, separated by tabs; what cannot be printed of a
+    path is escaped. A file that cannot be read is reported on standard error and the exit code is 1; the others are
+    predicted.
     """
     from efficientad_fast.data.folders import list_images
     from efficientad_fast.detector import DecodeOptions, Detector
-    from efficientad_fast.files import atomic_path
 
     with _told_plainly():
         detector = Detector.load(model)
         paths = [found for path in images for found in (list_images(path) if path.is_dir() else [path])]
         rows: list[Prediction] = []
+        options = DecodeOptions(max_value=max_value, apply_exif=apply_exif)
         stream = detector.stream(
             paths,
             batch_size=batch_size,
             device=device,
             dtype=dtype,
             map_size="original" if out else "network",
-            decode=DecodeOptions(max_value=max_value, apply_exif=apply_exif),
+            decode=options,
         )
-        for index, prediction in enumerate(stream):
-            if prediction.error is not None:
-                errors.print(f"[red]failed:[/red] {escape(prediction.error)}", soft_wrap=True)
-            else:
-                verdict = "anomalous" if prediction.label else "good"
-                sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{prediction.source}\n")
-                sys.stdout.flush()
-                if out is not None:
-                    _write_overlay(prediction, detector.threshold, out, index)
-            rows.append(dataclasses.replace(prediction, anomaly_map=None))
-        if out is not None:
-            with atomic_path(out / "predictions.csv") as temporary, temporary.open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["path", "score", "anomalous", "error"])
-                for row in rows:
-                    ok = row.error is None
-                    writer.writerow([row.source, row.score if ok else "", row.label if ok else "", row.error or ""])
+        try:
+            for index, prediction in enumerate(stream):
+                if prediction.error is not None:
+                    errors.print(f"[red]failed:[/red] {escape(_printable(prediction.error))}", soft_wrap=True)
+                else:
+                    verdict = "anomalous" if prediction.label else "good"
+                    sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{_printable(prediction.source)}\n")
+                    sys.stdout.flush()
+                    if out is not None:
+                        _write_overlay(prediction, detector, options, out, index)
+                rows.append(dataclasses.replace(prediction, anomaly_map=None))
+        finally:
+            # Interrupted, too: what was predicted is not lost.
+            if out is not None:
+                _write_predictions(rows, out / "predictions.csv")
         failed = sum(row.error is not None for row in rows)
         if failed:
             errors.print(f"{failed} of {len(rows)} images failed.")
             raise typer.Exit(1)
 
 
-def _write_overlay(prediction: Prediction, threshold: float, out: Path, index: int) -> None:
+def _printable(text: str) -> str:
+    """With escapes for control characters, and for bytes of a file name that are not UTF-8."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def _write_predictions(rows: Sequence[Prediction], path: Path) -> None:
+    from efficientad_fast.files import atomic_path
+
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "score", "anomalous", "error"])
+        for row in rows:
+            figures = [row.score, row.label, ""] if row.error is None else ["", "", _printable(row.error)]
+            writer.writerow([_printable(row.source), *figures])
+
+
+def _write_overlay(prediction: Prediction, detector: Detector, options: DecodeOptions, out: Path, index: int) -> None:
     import numpy as np
 
-    from efficientad_fast.data.decode import decode_image
     from efficientad_fast.report.overlays import colour_range, displayable, save_overlay
 
     if prediction.anomaly_map is None:
         return
     # Decoded a second time: keeping every original in the stream would cost more memory than this costs time.
-    image = displayable(decode_image(prediction.source).numpy())
-    name = f"{index:05d}_{Path(prediction.source).stem}.png"
-    low, high = colour_range(np.array([]), threshold)
+    image = displayable(detector.preprocessing.decode(prediction.source, options).numpy())
+    name = f"{index:05d}_{_printable(Path(prediction.source).stem)}.png"
+    low, high = colour_range(np.array([]), detector.threshold)
     save_overlay(out / name, image, prediction.anomaly_map, low, high)
 
 
@@ -374,11 +399,20 @@ def distill(
     data_name: Annotated[str, typer.Option(help="What the images are, stored in the file.")] = "not stated",
     terms: Annotated[str, typer.Option(help="Terms of use of the weights, stored in the file.")] = "not stated",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted distillation.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop an interrupted distillation, and targets of other images.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.")] = 0,
 ) -> None:
     """Distill a teacher from a pretrained backbone."""
     from efficientad_fast.data.folders import list_images
-    from efficientad_fast.training.distill import DistillImages, DistillSettings, quick_distillation
+    from efficientad_fast.training.distill import (
+        DistillImages,
+        DistillSettings,
+        kept_steps,
+        kept_targets,
+        quick_distillation,
+    )
     from efficientad_fast.training.distill import distill as run
 
     with _told_plainly():
@@ -391,22 +425,24 @@ def distill(
             settings, backbone=backbone, model_size=_model_size(model_size), steps=steps or settings.steps, seed=seed
         )
         files = tuple(path for folder in images or [] for path in list_images(folder))
+        work = work or out.with_name(out.name + ".distillation")
         try:
             with _Watch() as watch:
                 provenance = run(
                     DistillImages(files, synthetic, seed),
                     out,
                     settings,
-                    work=work or out.with_name(out.name + ".distillation"),
+                    work=work,
                     holdout=list_images(holdout) if holdout else (),
                     resume=resume,
+                    restart=restart,
                     terms=terms,
                     data=data_name,
                     progress=watch.progress,
                     report_loss=lambda value: watch.losses(0, {"loss": value}),
                 )
         except KeyboardInterrupt:
-            errors.print("stopped; the state is kept. Give the same command with --resume to go on.")
+            _tell_stopped(kept_steps(work), settings.steps, kept_targets(work))
             raise typer.Exit(130) from None
         console.print(f"saved {escape(str(out))}: {escape(_teacher_line(provenance))}", soft_wrap=True)
 

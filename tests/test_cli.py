@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from efficientad_fast import Detector, cli, weights
+from efficientad_fast import Detector, Prediction, cli, weights
 from efficientad_fast.reference.networks import PatchDescriptionNetwork
 from tests.small_detector import CHANNELS, small_detector
 
@@ -61,6 +67,56 @@ def test_predict_reports_a_bad_file_and_predicts_the_others(model: Path, images:
     overlays = sorted(path.name for path in out.glob("*.png"))
     assert overlays == ["00000_0.png", "00002_2.png"]
     assert Image.open(out / overlays[0]).size == (40, 30)
+
+
+def test_a_score_that_is_nan_fails(images: Path, tmp_path: Path) -> None:
+    broken = small_detector()
+    with torch.no_grad():
+        broken.student.conv4.bias[0] = math.nan
+    result = _run("predict", broken.save(tmp_path / "broken.safetensors"), images)
+    assert result.exit_code == 1
+    assert result.stdout == "" and "NaN" in result.stderr and "3 of 3" in result.stderr
+
+
+def test_file_names_of_any_bytes_are_predicted(model: Path, images: Path, tmp_path: Path) -> None:
+    strange = os.fsencode(images) + b"/\xff\xfe\ttab\n.png"
+    (images / "0.png").rename(os.fsdecode(strange))
+    out = tmp_path / "out"
+    result = _run("predict", model, images, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert len(lines) == 3 and all(len(line) == 3 for line in lines)
+    assert any(line[2].endswith(r"\udcff\udcfe\ttab\n.png") for line in lines)
+    with (out / "predictions.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 3
+    assert len(list(out.glob("*.png"))) == 3
+
+
+def test_overlays_are_turned_as_the_image_was(model: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    for option, size in (("--apply-exif", (20, 60)), ("--ignore-exif", (60, 20))):
+        out = tmp_path / option
+        assert _run("predict", model, tmp_path / "turned.jpg", "--out", out, option).exit_code == 0
+        with Image.open(out / "00000_turned.png") as image:
+            assert image.size == size
+
+
+def test_what_was_predicted_before_an_interruption_is_kept(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Detector.stream
+
+    def interrupted(self: Detector, *args: Any, **kwargs: Any) -> Iterator[Prediction]:
+        yield from itertools.islice(stream(self, *args, **kwargs), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Detector, "stream", interrupted)
+    result = _run("predict", model, images, "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    with (tmp_path / "out" / "predictions.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 2
 
 
 def test_predict_takes_16_bit_files(model: Path, tmp_path: Path) -> None:
