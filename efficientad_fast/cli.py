@@ -205,7 +205,7 @@ def train(
 
 def _tell_stopped(kept: int, steps: int, targets: int = 0) -> None:
     if kept or targets:
-        what = f"{kept} of {steps} steps" if kept else f"the targets of {targets} images"
+        what = f"{kept} of {steps} steps" if kept else f"{targets} targets"
         errors.print(f"stopped; {what} are kept. Give the same command with --resume to go on.", soft_wrap=True)
     else:
         errors.print("stopped before the first step; nothing is kept. Give the same command to start anew.")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
-from efficientad_fast import weights
-from efficientad_fast.errors import DetectorFileError, InputError
+from efficientad_fast import cli, weights
+from efficientad_fast.errors import DetectorFileError, ImageError, InputError
 from efficientad_fast.reference.networks import PatchDescriptionNetwork
 from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from efficientad_fast.training import distill as module
@@ -73,16 +77,189 @@ def test_an_interrupted_distillation_resumes_to_the_same_teacher(images: Distill
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     distill(images, whole, SETTINGS, work=tmp_path / "a")
 
-    def stop(stage: str, done: int, total: int) -> None:
-        if stage == "steps" and done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(KeyboardInterrupt):
-        distill(images, broken, SETTINGS, work=tmp_path / "b", progress=stop)
+        distill(images, broken, SETTINGS, work=tmp_path / "b", progress=_stop_at("steps", 2))
     assert not broken.exists()
     distill(images, broken, SETTINGS, work=tmp_path / "b", resume=True)
     first, second = (weights.load_teacher(path)[0].state_dict() for path in (whole, broken))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def _stop_at(stage: str, done: int) -> Callable[[str, int, int], None]:
+    """Progress that sends the Ctrl-C signal to this process."""
+
+    def progress(now: str, count: int, total: int) -> None:
+        if (now, count) == (stage, done):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return progress
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class _Counting:
+    """The stand-in backbone, and how often it was asked. Fails at one of the calls where told to."""
+
+    def __init__(self, fail_at: int = 0) -> None:
+        self.calls, self.fail_at = 0, fail_at
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise RuntimeError("killed")
+        return _backbone(image)
+
+
+def test_caching_that_was_interrupted_continues_with_the_next_image(images: DistillImages, tmp_path: Path) -> None:
+    whole = build_target_cache(images, SETTINGS, tmp_path / "whole", _backbone)
+    backbone, work = _Counting(), tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        build_target_cache(images, SETTINGS, work, backbone, _stop_at("targets", 2))
+    assert backbone.calls == module.kept_targets(work) == 2 and module.kept_steps(work) == 0
+    cache = build_target_cache(images, SETTINGS, work, backbone)
+    assert backbone.calls == module.kept_targets(work) == 3
+    for name in ("images", "targets", "mean", "std"):
+        assert np.array_equal(getattr(cache, name), getattr(whole, name))
+
+
+def test_a_killed_caching_continues_from_what_was_last_recorded(
+    images: DistillImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build_target_cache(images, SETTINGS, tmp_path / "whole", _backbone)
+    monkeypatch.setattr(module, "TARGETS_SAVE_EVERY", 1)
+    with pytest.raises(RuntimeError, match="killed"):
+        build_target_cache(images, SETTINGS, tmp_path / "work", _Counting(fail_at=3))
+    assert module.kept_targets(tmp_path / "work") == 2
+    cache = build_target_cache(images, SETTINGS, tmp_path / "work", _backbone)
+    assert np.array_equal(cache.targets, whole.targets) and torch.equal(cache.std, whole.std)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"backbone": "other"}, "backbone = 'stand-in', but this run has 'other'"),
+        ({"grey_probability": 0.1}, "grey_probability = 0.5"),
+        ({"seed": 1}, "seed = 0"),
+    ],
+)
+def test_targets_of_another_run_are_kept_unless_told_otherwise(
+    images: DistillImages, tmp_path: Path, change: dict[str, object], named: str
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "t.safetensors"
+    build_target_cache(dataclasses.replace(images, synthetic=0), SETTINGS, work, _backbone)
+    before = _files(work)
+    other = dataclasses.replace(SETTINGS, **change)  # type: ignore[arg-type]
+    for resume in (False, True):
+        with pytest.raises(InputError, match=named):
+            distill(dataclasses.replace(images, synthetic=0), out, other, work=work, resume=resume)
+    renamed = DistillImages((images.files[0], images.files[1].rename(tmp_path / "renamed.png")))
+    with pytest.raises(InputError, match=r"other images \(missing: 1.png; new: renamed.png\)"):
+        distill(renamed, out, SETTINGS, work=work)
+    assert _files(work) == before
+
+
+def test_a_record_that_cannot_be_read_is_dropped_on_restart_only(images: DistillImages, tmp_path: Path) -> None:
+    build_target_cache(images, SETTINGS, tmp_path / "work", _backbone)
+    (tmp_path / "work" / "cache.json").write_text('{"identity": 1, "mean": [0.0]}')
+    with pytest.raises(InputError, match="does not say what is cached"):
+        build_target_cache(images, SETTINGS, tmp_path / "work", _backbone)
+    backbone = _Counting()
+    build_target_cache(images, SETTINGS, tmp_path / "work", backbone, restart=True)
+    assert backbone.calls == 3
+
+
+def test_steps_are_neither_dropped_nor_continued_unasked(
+    images: DistillImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, out, backbone = tmp_path / "work", tmp_path / "t.safetensors", _Counting()
+    monkeypatch.setattr(module, "load_backbone", lambda name: backbone)
+    with pytest.raises(InputError, match=r"no distillation in .* Leave out --resume"):
+        distill(images, out, SETTINGS, work=work, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        distill(images, out, SETTINGS, work=work, progress=_stop_at("steps", 1))
+    assert module.kept_steps(work) == 1
+    before = _files(work)
+    with pytest.raises(InputError, match=r"holds 1 of 4 steps .* Give --resume to continue it, or --restart"):
+        distill(images, out, SETTINGS, work=work)
+    with pytest.raises(InputError, match="learning_rate"):
+        distill(images, out, dataclasses.replace(SETTINGS, learning_rate=1.0), work=work, resume=True)
+    with pytest.raises(InputError, match="exclude each other"):
+        distill(images, out, SETTINGS, work=work, resume=True, restart=True)
+    assert _files(work) == before
+    distill(images, out, dataclasses.replace(SETTINGS, steps=1), work=work, restart=True)
+    assert backbone.calls == 3, "targets of the same images must stay"
+    assert sorted(_files(work)) == ["cache.json", "images.npy", "targets.npy"]
+    finished = out.read_bytes()
+    with pytest.raises(InputError, match=r"is there, so it may be finished. Leave out --resume"):
+        distill(images, out, SETTINGS, work=work, resume=True)
+    assert out.read_bytes() == finished
+    # Killed before the first state: the targets alone are something to resume.
+    out.unlink()
+    distill(images, out, dataclasses.replace(SETTINGS, steps=1), work=work, resume=True)
+    assert weights.load_teacher(out)[1]["images"] == 3 and backbone.calls == 3
+
+
+def test_all_bad_images_are_named_before_the_first_target(images: DistillImages, tmp_path: Path) -> None:
+    out, work, holdout = tmp_path / "t.safetensors", tmp_path / "work", tmp_path / "holdout.png"
+    images.files[1].write_bytes(b"no image")
+    holdout.write_bytes(b"")
+    with pytest.raises(ImageError, match="2 of 3 images cannot be used") as caught:
+        distill(images, out, SETTINGS, work=work, holdout=[holdout])
+    for line, path in zip(str(caught.value).splitlines()[1:], (images.files[1], holdout), strict=True):
+        assert line.startswith(str(path))
+    assert not work.exists() and not out.exists()
+
+
+def test_resuming_checks_only_images_without_targets(images: DistillImages, tmp_path: Path) -> None:
+    work, stages = tmp_path / "work", list[tuple[str, int, int]]()
+    with pytest.raises(KeyboardInterrupt):
+        build_target_cache(images, SETTINGS, work, _backbone, _stop_at("targets", 1))
+
+    def progress(*stage: object) -> None:
+        stages.append(stage)  # type: ignore[arg-type]
+        if stage[0] == "targets":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(images, tmp_path / "t.safetensors", SETTINGS, work=work, resume=True, progress=progress)
+    assert stages == [("checking images", 1, 1), ("targets", 2, 3)]
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    images: DistillImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000))
+    with pytest.raises(InputError, match=r"needs 0.0 GB .* 0.0 GB are free"):
+        build_target_cache(images, SETTINGS, tmp_path / "work", _backbone)
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "done", "message"),
+    [
+        ("checking images", 1, "nothing is kept"),
+        ("targets", 1, "1 targets are kept. Give the same command with --resume"),
+        ("steps", 1, "1 of 5 steps are kept. Give the same command with --resume"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept(
+    images: DistillImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, done: int, message: str
+) -> None:
+    original = module.distill
+
+    def small(images: DistillImages, out: Path, settings: DistillSettings, **options: Any) -> dict[str, Any]:
+        changed = dataclasses.replace(SETTINGS, steps=settings.steps)
+        return original(images, out, changed, **(options | {"progress": _stop_at(stage, done)}))
+
+    monkeypatch.setattr(module, "distill", small)
+    out = tmp_path / "t.safetensors"
+    arguments = ["distill", "--images", images.files[0].parent, "--out", out, "--steps", 5]
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 130
+    assert message in result.stderr.replace("\n", " ")
 
 
 def test_targets_are_cached_once_and_recomputed_for_other_images(images: DistillImages, tmp_path: Path) -> None:
@@ -95,7 +272,10 @@ def test_targets_are_cached_once_and_recomputed_for_other_images(images: Distill
     again = build_target_cache(images, SETTINGS, tmp_path / "work", _backbone, progress)
     assert calls == [1, 2, 3]
     assert np.array_equal(first.targets, again.targets) and torch.equal(first.mean, again.mean)
-    build_target_cache(dataclasses.replace(images, synthetic=0), SETTINGS, tmp_path / "work", _backbone, progress)
+    fewer = dataclasses.replace(images, synthetic=0)
+    with pytest.raises(InputError, match="synthetic = 1, but this run has 0"):
+        build_target_cache(fewer, SETTINGS, tmp_path / "work", _backbone, progress)
+    build_target_cache(fewer, SETTINGS, tmp_path / "work", _backbone, progress, restart=True)
     assert calls == [1, 2, 3, 1, 2]
 
 

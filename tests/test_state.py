@@ -15,6 +15,7 @@ from torch import nn
 from efficientad_fast.errors import DetectorFileError, InputError
 from efficientad_fast.files import write_tensors
 from efficientad_fast.training.state import (
+    count_steps,
     file_sizes,
     find_state,
     fingerprint,
@@ -216,14 +217,19 @@ def test_a_state_of_other_files_is_refused_and_the_files_named(tmp_path: Path, w
 
 def test_a_state_is_found_only_to_be_continued(tmp_path: Path) -> None:
     training, path = Training(0), tmp_path / "state"
-    assert find_state(path, RUN, {}, resume=True) is find_state(path, RUN, {}, resume=False) is None
+    assert count_steps(path) == 0
+    for options in ((True, False), (False, True), (False, False)):
+        assert find_state(path, RUN, {}, resume=options[0], restart=options[1]) is None
     save_state(path, training.modules, training.optimiser, 3, RUN)
     with pytest.raises(InputError, match="holds 3 of 9 steps"):
-        find_state(path, RUN, {}, resume=False)
-    state = find_state(path, RUN, {}, resume=True)
-    assert state is not None and state.step == 3
+        find_state(path, RUN, {}, resume=False, restart=False)
+    with pytest.raises(InputError, match="exclude each other"):
+        find_state(path, RUN, {}, resume=True, restart=True)
+    state = find_state(path, RUN, {}, resume=True, restart=False)
+    assert state is not None and state.step == count_steps(path) == 3
+    assert find_state(path, RUN, {}, resume=False, restart=True) is None
     with pytest.raises(InputError, match="steps = 9"):
-        find_state(path, RUN | {"steps": 10}, {}, resume=True)
+        find_state(path, RUN | {"steps": 10}, {}, resume=True, restart=False)
 
 
 def test_a_digest_of_weights_hangs_on_their_values_alone() -> None:

@@ -231,6 +231,15 @@ def test_what_cannot_end_well_is_refused_before_the_first_step(dataset: Dataset,
         _train(dataset, kept / "n.safetensors")
 
 
+def test_a_disk_that_is_too_small_for_the_cached_features_is_refused(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=4 * 56 * 56 * CHANNELS * 2 - 1))
+    with pytest.raises(InputError, match="Make room"):
+        _train(dataset, tmp_path / "m.safetensors")
+
+
 def test_all_bad_images_are_named_before_anything_is_changed(kept: Path) -> None:
     train_files, validation = student._split(open_dataset(kept / "good"), SETTINGS)
     shutil.copytree(kept / "good", kept / "penalty")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,3 +60,16 @@ def check_output(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise InputError(f"{out.parent} cannot be written to; allow this user to, or give another place.")
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Refuse, with an :class:`InputError`, a cache of ``size`` bytes that the disk of ``folder`` has no room for.
+
+    A file that is mapped into memory would end the process without a word where the disk is full.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise InputError(
+            f"{folder} needs {size / 1e9:.1f} GB for what is computed once and kept, but {free / 1e9:.1f} GB are free "
+            "on its disk. Make room, or give a place on another one."
+        )

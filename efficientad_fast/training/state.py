@@ -208,14 +208,27 @@ def load_state(
     return state.restore(modules, optimiser)
 
 
-def find_state(path: Path, run: Mapping[str, Any], files: Mapping[str, FileSizes], *, resume: bool) -> KeptState | None:
-    """The state of an interrupted run that is to be continued; ``None`` where there is none.
+def count_steps(path: Path) -> int:
+    """The steps that the state at ``path`` holds; 0 where there is none.
 
     Raises:
         DetectorFileError: it is damaged.
-        InputError: there is one, but ``resume`` is false, or it belongs to another run.
     """
-    if not path.exists():
+    return read_state(path).step if path.exists() else 0
+
+
+def find_state(
+    path: Path, run: Mapping[str, Any], files: Mapping[str, FileSizes], *, resume: bool, restart: bool
+) -> KeptState | None:
+    """The state of an interrupted run that is to be continued; ``None`` where there is none, or it is to be dropped.
+
+    Raises:
+        DetectorFileError: it is damaged.
+        InputError: there is one, but neither ``resume`` nor ``restart`` is true, or it belongs to another run.
+    """
+    if resume and restart:
+        raise InputError("--resume and --restart exclude each other: give one of them.")
+    if restart or not path.exists():
         return None
     state = read_state(path)
     if not resume:

@@ -43,15 +43,13 @@ from efficientad_fast.reference.networks import (
 from efficientad_fast.reference.preprocess import normalise, resize_antialias
 from efficientad_fast.training.augment import augment, to_grey
 from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate, threshold_from_scores
-from efficientad_fast.training.inputs import check_images, check_output
+from efficientad_fast.training.inputs import check_images, check_output, check_space
 from efficientad_fast.training.state import (
-    FileSizes,
-    KeptState,
+    count_steps,
     file_sizes,
     find_state,
     fingerprint,
     interruptible,
-    read_state,
     save_state,
     step_seed,
     weights_digest,
@@ -353,7 +351,7 @@ def _learning_rate(settings: TrainSettings, step: int) -> float:
 
 
 def teacher_statistics(
-    teacher: nn.Module,
+    teacher: PatchDescriptionNetwork,
     paths: Sequence[Path],
     settings: TrainSettings,
     device: torch.device,
@@ -365,19 +363,21 @@ def teacher_statistics(
     With ``cache``, a file for them, the features themselves as well: ``(n, h, w, 384)`` float16, not normalised.
 
     Raises:
-        ImageError: an image cannot be decoded. InputError: a channel that never changes.
+        ImageError: an image cannot be decoded. InputError: a channel that never changes, or no room for the cache.
     """
     preprocessing = settings.preprocessing
     height, width = feature_size(settings.size, padding=settings.padding)
     features: np.ndarray | None = None
     total = squares = torch.zeros(())
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        check_space(cache.parent, 2 * len(paths) * height * width * teacher.out_channels)
     for index, path in enumerate(paths):
         image = normalise(resize_antialias(preprocessing.decode(path), settings.size)).unsqueeze(0)
         with torch.inference_mode():
             output = teacher(image.to(device).contiguous(memory_format=torch.channels_last))[0]
         if cache is not None:
             if features is None:
-                cache.parent.mkdir(parents=True, exist_ok=True)
                 features = open_memmap(cache, "w+", np.float16, (len(paths), height, width, len(output)))
             features[index] = output.movedim(0, -1).half().cpu().numpy()
         flat = output.flatten(1).double()
@@ -465,20 +465,7 @@ def kept_steps(out: str | os.PathLike[str]) -> int:
     Raises:
         DetectorFileError: it is damaged.
     """
-    path = _state_file(Path(out))
-    return read_state(path).step if path.exists() else 0
-
-
-def _state_to_continue(
-    out: Path, run: Mapping[str, Any], files: Mapping[str, FileSizes], *, resume: bool, restart: bool
-) -> KeptState | None:
-    if resume and restart:
-        raise InputError("--resume and --restart exclude each other: give one of them.")
-    state = None if restart else find_state(_state_file(out), run, files, resume=resume)
-    if resume and state is None:
-        finished = f" {out} is there, so it may be finished." if out.exists() else ""
-        raise InputError(f"There is no training of {out} to resume.{finished} Leave out --resume to train anew.")
-    return state
+    return count_steps(_state_file(Path(out)))
 
 
 def train(
@@ -532,7 +519,10 @@ def train(
     if penalty is not None and penalty.files:
         files["penalty images"] = file_sizes(penalty.files)
     check_output(out)
-    state = _state_to_continue(out, run, files, resume=resume, restart=restart)
+    state = find_state(state_file, run, files, resume=resume, restart=restart)
+    if resume and state is None:
+        finished = f" {out} is there, so it may be finished." if out.exists() else ""
+        raise InputError(f"There is no training of {out} to resume.{finished} Leave out --resume to train anew.")
     check_images(
         [*paths, *validation, *(penalty.files if penalty is not None else ())],
         settings.preprocessing.decode,
