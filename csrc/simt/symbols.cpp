@@ -11,7 +11,9 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <set>
 #include <stdexcept>
+#include <utility>
 
 namespace efficientad_fast::simt {
 
@@ -97,6 +99,8 @@ void Symbols::read() {
   }
   const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(at(header->e_shoff));
   bool marked = false;
+  std::set<std::string> guarded;  // functions that declare shared variables; other thread-local ones are somebody's own
+  std::vector<std::pair<std::string, SharedVariable>> candidates;
   for (int s = 0; s < header->e_shnum; ++s) {
     if (sections[s].sh_type != SHT_SYMTAB) {
       continue;
@@ -110,19 +114,26 @@ void Symbols::read() {
       if (type == STT_FUNC && entry.st_value != 0) {
         functions_.push_back({base_ + entry.st_value, base_ + entry.st_value + entry.st_size, name});
       } else if (type == STT_TLS && entry.st_shndx != SHN_UNDEF) {
-        const std::string whole = demangled(name);
+        const std::string whole = demangled(name), own = short_name(whole);
+        const std::string scope = whole.substr(0, whole.size() - own.size());
         if (whole == "efficientad_fast::simt::thread_local_marker") {
           marker_offset = entry.st_value;
           marked = true;
-        } else if (whole.find("efficientad_fast::simt::") != 0 && whole.find("pybind11::") != 0 &&
-                   whole.find(kGuardName) == std::string::npos) {
-          shared.push_back({short_name(whole), entry.st_value, entry.st_size});
+        } else if (own.find(kGuardName) == 0) {
+          guarded.insert(scope);
+        } else {
+          candidates.emplace_back(scope, SharedVariable{own, entry.st_value, entry.st_size});
         }
       }
     }
   }
   if (!marked) {
     throw std::runtime_error("simt: " + path_ + " has no table of symbols; link it without -s");
+  }
+  for (auto& [scope, variable] : candidates) {
+    if (guarded.count(scope) != 0) {
+      shared.push_back(std::move(variable));
+    }
   }
   const auto by_offset = [](const auto& a, const auto& b) { return a.offset < b.offset; };
   std::sort(shared.begin(), shared.end(), by_offset);
