@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import simt_build
@@ -94,6 +95,22 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "preprocess.out": preprocess_out,
 }
 """By the overload's name, as a schema has it."""
+
+
+@contextlib.contextmanager
+def shuffled(order: int) -> Iterator[None]:
+    """Blocks, two at a time, and threads run in another order than that of their indices, one for every ``order``."""
+    _kernels().configure(threads=2, order=order)
+    try:
+        yield
+    finally:
+        _kernels().configure(threads=1, order=0)
+
+
+def unguarded_shared_variables() -> list[str]:
+    """Those past which an access would not be noticed."""
+    found: list[str] = _kernels().unguarded_shared_variables()
+    return found
 
 
 def _kernels() -> Any:

@@ -72,6 +72,11 @@ MORE_IMAGES = [
         ("larger", (1, 11, 13), (20, 70), True),
     ]
 ]
+MORE_IMAGES += [
+    preprocess_cases.case(f"unstaged, {name}", (2, 70, 210), (1, 2), resize=resize, change=change)
+    for resize in ("antialias", "pillow")
+    for name, change in [("planes first", preprocess_cases.planes_first), ("window", preprocess_cases.window)]
+]
 
 
 def inner(raw: Tensor) -> Tensor:
@@ -85,6 +90,23 @@ def every(found: list[Case]) -> pytest.MarkDecorator:
 @every([*(case for operator in OPERATORS for case in cases(operator)), *MORE_MAPS, *MORE_IMAGES])
 def test_results(case: Case) -> None:
     case.check(case.run(emulated.FUNCTIONS[case.overload]))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_order_of_blocks_and_threads_does_not_matter(dtype: torch.dtype, order: int) -> None:
+    """A GPU runs them as it likes; scores are raised by several blocks."""
+    maps = [numbers((2, 1, 40, 30), seed=seed, dtype=dtype) - 1 for seed in range(2)]
+    image = numbers((1, 60, 150, 3))
+    expected = (*emulated.anomaly_map(*maps, [80, 130]), emulated.preprocess(image, [17, 70]))
+    with emulated.shuffled(order):
+        actual = (*emulated.anomaly_map(*maps, [80, 130]), emulated.preprocess(image, [17, 70]))
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, EXACT)
+
+
+def test_shared_variables_are_guarded() -> None:
+    assert emulated.unguarded_shared_variables() == []
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -84,7 +84,7 @@ struct PreprocessLaunch {
   bool vectors;                        // source rows are staged as they lie, 16 bytes at a time
 };
 
-// a * b, which no compiler may fuse with a following addition: where a tap starts hangs on its rounding.
+// a * b, which no compiler may fuse with a following addition, so that taps and weights are the reference's, bit for bit.
 __device__ __forceinline__ double rounded_product(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
