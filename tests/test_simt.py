@@ -96,6 +96,7 @@ WRONG = {
     "syncwarp_for_syncthreads": ("thread (63,0,0)", f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}"),
     "half_a_syncwarp": ("thread (31,0,0)", f"reads 4 bytes at tile + 60, which thread (15,0,0) wrote {RACE}"),
     "same_byte": ("thread (1,0,0)", f"writes 1 byte at out + 0, which thread (0,0,0) wrote {RACE}"),
+    "byte_of_a_word": ("thread (1,0,0)", f"reads 1 byte at out + 3, which thread (0,0,0) wrote {RACE}"),
     "race_in_global": ("thread (1,0,0)", f"reads 4 bytes at out + 0, which thread (0,0,0) wrote {RACE}"),
     "race_of_blocks_writing": (
         "block (1,0,0) thread (0,0,0)",

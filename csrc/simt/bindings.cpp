@@ -1,4 +1,4 @@
-// The emulator as a Python module, with the functions of the kernels it is linked with. tests/simt_build.py compiles it.
+// The emulator as a Python module, with the functions of what it is linked with. tests/simt_build.py compiles it.
 
 #include "bindings.h"
 

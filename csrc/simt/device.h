@@ -33,12 +33,13 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// A shared variable is a thread-local one of the system thread that runs the block. The guard before it has an odd size:
-// a variable lies no better aligned than its type promises.
+// A shared variable is a thread-local one of the system thread that runs the block. The guard between it and others has
+// an odd size: a variable lies no better aligned than its type promises.
 #define EFFICIENTAD_FAST_SIMT_JOIN_(a, b) a##b
 #define EFFICIENTAD_FAST_SIMT_JOIN(a, b) EFFICIENTAD_FAST_SIMT_JOIN_(a, b)
-#define __shared__                                                                                                \
-  static thread_local __attribute__((used)) char EFFICIENTAD_FAST_SIMT_JOIN(efficientad_fast_simt_guard_, __COUNTER__)[1025]; \
+#define EFFICIENTAD_FAST_SIMT_GUARD EFFICIENTAD_FAST_SIMT_JOIN(efficientad_fast_simt_guard_, __COUNTER__)
+#define __shared__                                                                  \
+  static thread_local __attribute__((used)) char EFFICIENTAD_FAST_SIMT_GUARD[1025]; \
   static thread_local __attribute__((used))
 
 // Constant memory is what lies in read-only memory of the library; nobody copies to a symbol.
@@ -388,7 +389,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dy
     std::apply(reinterpret_cast<void (*)(Parameters...)>(const_cast<void*>(function)),
                *static_cast<const Tuple*>(tuple));
   };
-  simt::run({reinterpret_cast<const void*>(kernel), invoke, &values, sizeof(values), grid, block, dynamic_shared_bytes});
+  simt::run({reinterpret_cast<const void*>(kernel), invoke, &values, sizeof(values), grid, block,
+             dynamic_shared_bytes});
 }
 
 }  // namespace efficientad_fast::cuda

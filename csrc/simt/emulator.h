@@ -22,8 +22,8 @@ class KernelError : public std::runtime_error {
 
 struct Shadow;
 
-// Device memory: a copy of host memory, alone in a stretch of address space in which nothing else can be touched, at the
-// same offset from a multiple of 16 bytes. Kernels may read it while the object lives and, where `writable`, write it.
+// Device memory: a copy of host memory, alone in a stretch of address space in which nothing else can be touched, at
+// the same offset from a multiple of 16 bytes. Kernels may read it while the object lives and, where `writable`, write.
 class Buffer {
  public:
   // Of a buffer that is not `initialised` no byte may be read before a kernel wrote it.

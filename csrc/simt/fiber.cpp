@@ -91,7 +91,7 @@ void switch_context(Context& from, Context& to) { swapcontext(&from.registers, &
 void prepare(Context& to, void*, void* high, void (*entry)()) {
   void** top = static_cast<void**>(high);
 #ifdef __x86_64__
-  *--top = nullptr;  // where a caller would have put its address: `entry` finds the stack aligned as a called function does
+  *--top = nullptr;  // so that `entry` finds the stack aligned as a called function does
   *--top = reinterpret_cast<void*>(entry);
   constexpr int kSaved = 6;
 #else

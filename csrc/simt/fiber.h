@@ -27,8 +27,8 @@ void prepare(Context& to, void* low, void* high, void (*entry)());
 
 void switch_context(Context& from, Context& to);
 
-// Stacks in lazily filled memory. Below the bytes that a stack may use lies a reserve, for the frame that exceeds it to be
-// noticed in, and below that memory that cannot be touched.
+// Stacks in lazily filled memory. Below the bytes that a stack may use lies a reserve, for the frame that exceeds it to
+// be noticed in, and below that memory that cannot be touched.
 class Stacks {
  public:
   static constexpr std::size_t kBytes = 256 * 1024;
@@ -42,7 +42,7 @@ class Stacks {
 
  private:
   static constexpr std::size_t kGuard = 64 * 1024;    // a multiple of every page size
-  static constexpr std::size_t kReserve = 64 * 1024;  // more than the frame that tests/simt_build.py lets a function have
+  static constexpr std::size_t kReserve = 64 * 1024;  // tests/simt_build.py refuses functions with larger frames
   static constexpr std::size_t kStride = kGuard + kReserve + kBytes;
   void release();
   char* memory_ = nullptr;

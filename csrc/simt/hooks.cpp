@@ -1,5 +1,5 @@
-// What `-fsanitize=thread` makes a compiler call at every load, store and atomic operation. The sanitizer's own runtime is
-// not linked; these take its place.
+// What `-fsanitize=thread` makes a compiler call at every load, store and atomic operation. The sanitizer's own runtime
+// is not linked; these take its place.
 
 #include "machine.h"
 

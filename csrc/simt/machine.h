@@ -32,8 +32,8 @@ struct Cell {
 
   Touch write;
   Touch atomic;  // since that write
-  // Of several readers since that write the latest epoch and clock; `warp` may be one of the constants. `lanes` has a bit
-  // for every lane that read; of several blocks it is the thread, if it was the same one in all.
+  // Of several readers since that write the latest epoch and clock; `warp` may be one of the constants. `lanes` has a
+  // bit for every lane that read; of several blocks it is the thread, if it was the same one in all.
   struct {
     std::uint32_t block, epoch, clock, lanes, warp;
   } read;

@@ -375,8 +375,10 @@ std::string place(const Region& region, std::uintptr_t address) {
     if (region.kind == Region::Kind::kConstant) {
       continue;
     }
-    const std::uintptr_t distance =
-        address < region.begin ? region.begin - address : address + bytes > region.end ? address + bytes - region.end : 0;
+    const std::uintptr_t end = address + bytes;
+    const std::uintptr_t distance = address < region.begin ? region.begin - address
+                                    : end > region.end     ? end - region.end
+                                                           : 0;
     if (distance < least) {
       least = distance;
       nearest = &region;
@@ -397,9 +399,8 @@ std::string place(const Region& region, std::uintptr_t address) {
   if (address < nearest->end) {
     fail(thread, what + place(*nearest, address) + ", across its end of " + size, caller);
   }
-  fail(thread,
-       what + place(*nearest, address) + ", " + std::to_string(address - nearest->end) + " bytes past its end of " + size,
-       caller);
+  const std::string past = std::to_string(address - nearest->end);
+  fail(thread, what + place(*nearest, address) + ", " + past + " bytes past its end of " + size, caller);
 }
 
 [[noreturn]] void fail_verdict(Thread& thread, const Region& region, std::uintptr_t address, std::size_t bytes,
@@ -432,9 +433,8 @@ std::string place(const Region& region, std::uintptr_t address) {
   const char* const did = verdict == Verdict::kAfterRead     ? " read"
                           : verdict == Verdict::kAfterAtomic ? " updated atomically"
                                                              : " wrote";
-  fail(thread,
-       what + who + did + (block != worker.number ? ", and nothing orders the blocks: race" : " with no barrier in between: race"),
-       caller);
+  const char* const why = block != worker.number ? ", and nothing orders the blocks" : " with no barrier in between";
+  fail(thread, what + who + did + why + ": race", caller);
 }
 
 // A thread that touches memory more often is taken to wait for another for ever.

@@ -213,8 +213,9 @@ __global__ void sum_by_last_warp(const float* in, float* out) {
   }
 }
 
-// The same bytes as words, halves and single bytes, by different threads in turn.
-__global__ void parts_of_words(unsigned char* bytes) {
+// The same shared bytes as words, halves and single bytes, by different threads in turn.
+__global__ void parts_of_words(unsigned char* out) {
+  __shared__ __align__(16) unsigned char bytes[16];
   const int t = static_cast<int>(threadIdx.x);
   if (t < 4) {
     reinterpret_cast<unsigned*>(bytes)[t] = 0x01010101u * static_cast<unsigned>(t);
@@ -232,6 +233,8 @@ __global__ void parts_of_words(unsigned char* bytes) {
     all.w = all.x;
     *reinterpret_cast<uint4*>(bytes) = all;
   }
+  __syncthreads();
+  out[t] = bytes[t];
 }
 
 // Lanes of a warp hand a row on within shared memory, ordered by nothing but __syncwarp.
@@ -308,7 +311,9 @@ __global__ void extremes(const float* a, const float* b, float* out) {
 
 __constant__ float kWeights[4] = {0.5f, 1.0f, 2.0f, 4.0f};
 
-__global__ void weighted(const float* in, float* out) { out[threadIdx.x] = kWeights[threadIdx.x % 4] * __ldg(in + threadIdx.x); }
+__global__ void weighted(const float* in, float* out) {
+  out[threadIdx.x] = kWeights[threadIdx.x % 4] * __ldg(in + threadIdx.x);
+}
 
 }  // namespace
 
@@ -359,7 +364,9 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   m.def("sum_by_last_warp", [](const Buffer& in, const Buffer& out) {
     launch(sum_by_last_warp, 1, 128, 0, nullptr, in.as<float>(), out.as<float>());
   });
-  m.def("parts_of_words", [](const Buffer& out) { launch(parts_of_words, 1, 16, 0, nullptr, out.as<unsigned char>()); });
+  m.def("parts_of_words", [](const Buffer& out) {
+    launch(parts_of_words, 1, 16, 0, nullptr, out.as<unsigned char>());
+  });
   m.def("rotate_in_warp", [](const Buffer& in, const Buffer& out, int steps) {
     launch(rotate_in_warp, 1, 64, 0, nullptr, in.as<float>(), out.as<float>(), steps);
   });
@@ -380,10 +387,12 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
            static_cast<int>(a.bytes() / sizeof(__half2)));
   });
   m.def("to_integers", [](const Buffer& in, const Buffer& out) {
-    launch(to_integers, 1, 32, 0, nullptr, in.as<float>(), out.as<int>(), static_cast<int>(in.bytes() / sizeof(float)));
+    launch(to_integers, 1, 32, 0, nullptr, in.as<float>(), out.as<int>(),
+           static_cast<int>(in.bytes() / sizeof(float)));
   });
   m.def("bit_counts", [](const Buffer& in, const Buffer& out) {
-    launch(bit_counts, 1, 32, 0, nullptr, in.as<unsigned>(), out.as<int>(), static_cast<int>(in.bytes() / sizeof(int)));
+    launch(bit_counts, 1, 32, 0, nullptr, in.as<unsigned>(), out.as<int>(),
+           static_cast<int>(in.bytes() / sizeof(int)));
   });
   m.def("extremes", [](const Buffer& a, const Buffer& b, const Buffer& out) {
     launch(extremes, 1, static_cast<unsigned>(a.bytes() / sizeof(float)), 0, nullptr, a.as<float>(), b.as<float>(),

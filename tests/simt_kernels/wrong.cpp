@@ -4,6 +4,7 @@
 #include "cuda/device.h"
 #include "simt/bindings.h"
 
+#include <cstdint>
 #include <cstring>
 
 namespace {
@@ -336,6 +337,20 @@ __global__ void same_byte(const float* in, float* out, int) {
 }
 
 template <bool kWrong>
+__global__ void byte_of_a_word(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  if (t == 0) {
+    out[0] = in[0];
+  }
+  if (!kWrong) {
+    __syncthreads();
+  }
+  if (t == 1) {
+    reinterpret_cast<unsigned char*>(out)[4] = reinterpret_cast<unsigned char*>(out)[3];
+  }
+}
+
+template <bool kWrong>
 __global__ void race_in_global(const float* in, float* out, int) {
   const int t = static_cast<int>(threadIdx.x);
   out[t] = in[t];
@@ -535,6 +550,7 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   BOTH(syncwarp_for_syncthreads, 1, 64, 0);
   BOTH(half_a_syncwarp, 1, 64, 0);
   BOTH(same_byte, 1, 64, 0);
+  BOTH(byte_of_a_word, 1, 64, 0);
   BOTH(race_in_global, 1, 64, 0);
   BOTH(race_of_blocks_writing, 2, 32, 0);
   BOTH(race_of_blocks_reading, 2, 32, 0);
@@ -550,7 +566,7 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   BOTH(not_in_own_mask, 1, 64, 0);
   BOTH(waits_for_ever, 1, 32, 0);
   BOTH(trapped, 2, 32, 0);
-  m.def("launch_shape", [](const Buffer& in, const Buffer& out, unsigned grid, unsigned block, std::size_t dynamic_bytes) {
-    launch(unwritten_output<false>, grid, block, dynamic_bytes, nullptr, in.as<float>(), out.as<float>(), 0);
+  m.def("launch_shape", [](const Buffer& in, const Buffer& out, unsigned grid, unsigned block, std::size_t bytes) {
+    launch(unwritten_output<false>, grid, block, bytes, nullptr, in.as<float>(), out.as<float>(), 0);
   });
 }
