@@ -593,6 +593,9 @@ def test_augmenting_uses_all_three_adjustments_within_their_range() -> None:
     assert all(float(one.min()) >= 0 and float(one.max()) <= 1 for one in results)
 
 
+# The pretraining penalty
+
+
 def test_penalty_images_are_drawn_from_the_seed(dataset: Dataset) -> None:
     for source in (PenaltyImages(), PenaltyImages(dataset.train, "files")):
         first, again, other = (
@@ -600,6 +603,114 @@ def test_penalty_images_are_drawn_from_the_seed(dataset: Dataset) -> None:
         )
         assert first.shape == (3, 256, 256)
         assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory: pytest.TempPathFactory) -> tuple[PenaltyImages, np.ndarray, np.ndarray]:
+    """An image for the penalty, and by Pillow and numpy what the student is to see of it: in colour and in grey."""
+    path = tmp_path_factory.mktemp("penalty") / "photograph.png"
+    pixels = np.random.default_rng(2).integers(0, 256, (600, 700, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    planes = [Image.fromarray(pixels[..., channel].astype(np.float32)) for channel in range(3)]
+    large = np.stack([np.asarray(plane.resize((512, 512), Image.Resampling.BILINEAR)) for plane in planes]) / 255
+    red, green, blue = large[:, 128:384, 128:384]
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    mean, std = (np.array(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    views = [(np.stack(planes) - mean) / std for planes in ((red, green, blue), (grey, grey, grey))]
+    return PenaltyImages((path,), "photograph"), views[0], views[1]
+
+
+def test_penalty_images_are_the_centre_of_the_image_at_512_in_colour_or_grey(
+    dataset: Dataset, photograph: tuple[PenaltyImages, np.ndarray, np.ndarray]
+) -> None:
+    source, *views = photograph
+    batches = student._Batches(dataset.train, TrainSettings(), source, None)
+    matched = set()
+    for step in range(8):
+        penalty = batches.load(step).penalty
+        assert penalty is not None and penalty.shape == (1, 3, 256, 256)
+        errors = [np.abs(penalty[0].numpy() - view).max() for view in views]
+        assert min(errors) < 1e-4
+        matched.add(int(np.argmin(errors)))
+    assert matched == {0, 1}
+
+
+def test_with_crops_the_penalty_is_taken_inside_that_centre(
+    dataset: Dataset, photograph: tuple[PenaltyImages, np.ndarray, np.ndarray]
+) -> None:
+    source, *views = photograph
+    settings = dataclasses.replace(SETTINGS, batch_size=4, crop=96)
+    penalty = student._Batches(dataset.train, settings, source, None).load(0).penalty
+    assert penalty is not None and penalty.shape == (4, 3, 96, 96)
+    places = set()
+    for crop in penalty.numpy():
+        corners = [np.abs(view[:, :161, :161] - crop[:, :1, :1]).max(0) for view in views]
+        which = int(np.argmin([corner.min() for corner in corners]))
+        top, left = np.unravel_index(np.argmin(corners[which]), (161, 161))
+        np.testing.assert_allclose(crop, views[which][:, top : top + 96, left : left + 96], atol=1e-4)
+        places.add((int(top), int(left)))
+    assert len(places) == 4
+
+
+def test_three_in_ten_penalty_images_are_grey(
+    photograph: tuple[PenaltyImages, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student, "PENALTY_LOAD_SIDE", 4)
+    monkeypatch.setattr(student, "PENALTY_SIDE", 2)
+    pixels = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(student.Preprocessing, "decode", lambda self, path: pixels)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    draws = 2000
+    grey = 0
+    for seed in range(draws):
+        image = photograph[0].draw(torch.Generator().manual_seed(seed), SETTINGS.preprocessing) * std + mean
+        grey += int(torch.allclose(image[0], image[1], atol=1e-5))
+    assert grey / draws == pytest.approx(0.3, abs=0.03)
+
+
+def _one_by_one(weights: list[list[float]]) -> torch.nn.Conv2d:
+    convolution = torch.nn.Conv2d(3, len(weights), 1, bias=False)
+    convolution.weight.data = torch.tensor(weights, dtype=torch.float32)[:, :, None, None]
+    return convolution
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+@pytest.mark.parametrize("penalised", [True, False])
+def test_a_step_descends_the_sum_of_the_terms_computed_by_hand(augmented: bool, penalised: bool) -> None:
+    """Networks of one 1x1 convolution, images of four pixels, and plain gradient descent with rate 1.
+
+    T = r, A = g, S_st = r + 2 g, S_ae = 3 b. The penalty must see the half S_st alone: S_ae is 27 on its image.
+    """
+    teacher, autoencoder = _one_by_one([[1, 0, 0]]), _one_by_one([[0, 1, 0]])
+    pupil = _one_by_one([[1, 2, 0], [0, 0, 3]])
+    image = torch.tensor([[1.0, 2, 3, 4], [0, 1, 0, 1], [1, 1, 2, 2]]).view(1, 3, 2, 2)
+    outside = torch.tensor([[1.0, -1, 1, 2], [0, 1, 1, -1], [9, 9, 9, 9]]).view(1, 3, 2, 2)
+    places = [(slice(0, 2), slice(0, 2))]
+    data = student._StepData(places, image, None, image, image, None, outside if penalised else None)
+    settings = TrainSettings(steps=1, learning_rate=1.0, hard_fraction=0.0, augment=augmented)
+    zero, one = torch.zeros(1), torch.ones(1)
+
+    losses = student.step_losses(
+        teacher, pupil, autoencoder, data, zero.view(1, 1, 1, 1), one.view(1, 1, 1, 1), settings
+    )
+    # T - S_st = 0 -2 0 -2; T - A = 1 1 3 3; A - S_ae = -3 -2 -6 -5; S_st outside = 1 1 3 0.
+    expected = {"hard": 2.0, "ae": 5.0, "stae": 18.5} | ({"penalty": 2.75} if penalised else {})
+    assert {name: value.item() for name, value in losses.items()} == expected
+
+    class Batches:
+        def ahead(self, first: int, last: int) -> list[tuple[int, student._StepData]]:
+            return [(0, data)]
+
+    optimiser = torch.optim.SGD([*pupil.parameters(), *autoencoder.parameters()], lr=0.1)
+    student._take_steps(
+        teacher, pupil, autoencoder, optimiser, Batches(), settings, 0, (zero, one), lambda step: None,  # type: ignore[arg-type]
+        student._Silent(),
+    )  # fmt: skip
+    # By hand, d hard / d st = 6 2 3, d penalty / d st = 1.5 2 22.5, d stae / d ae = 22.5 3.5 13.5, and for the
+    # autoencoder d ae = -12 -2 -7, d stae = -22.5 -3.5 -13.5.
+    st = [1 - 6 - 1.5, 2 - 2 - 2, 0 - 3 - 22.5] if penalised else [1 - 6, 2 - 2, 0 - 3]
+    assert pupil.weight.flatten(1).tolist() == [st, [-22.5, -3.5, 3 - 13.5]]
+    assert autoencoder.weight.flatten().tolist() == [12 + 22.5, 1 + 2 + 3.5, 7 + 13.5]
 
 
 def test_the_quick_preset_is_valid() -> None:
