@@ -48,6 +48,7 @@ WRONG = {
     "read_before_begin": ("thread (0,0,0)", "reads 4 bytes at in - 4, 4 bytes before its begin"),
     "write_past_end": ("block (2,0,0) thread (0,0,0)", BEYOND),
     "stride_too_large": ("block (1,0,0) thread (0,0,0)", "reads 4 bytes at in + 256, 0 bytes past its end of 256"),
+    "byte_past_end": ("thread (0,0,0)", "reads 1 byte at in + 256, 0 bytes past its end of 256"),
     "write_read_only": ("thread (0,0,0)", "writes 4 bytes at in + 0, which is read-only"),
     "null_pointer": ("thread (0,0,0)", "reads 4 bytes at address 12, behind a null pointer"),
     "wild_pointer": ("thread (0,0,0)", "reads 4 bytes where no buffer and no shared memory is"),
@@ -114,6 +115,14 @@ WRONG = {
         "block (7,0,0) thread (0,0,0)",
         f"reads 4 bytes at out + 8, which block (0,0,0) thread (0,0,0) wrote, {BLOCKS}",
     ),
+    "fence_too_early": (
+        "block (1,0,0) thread (0,0,0)",
+        f"reads 4 bytes at out + 8, which block (0,0,0) thread (0,0,0) wrote, {BLOCKS}",
+    ),
+    "fence_of_another_thread": (
+        "block (1,0,0) thread (0,0,0)",
+        f"reads 4 bytes at out + 8, which block (0,0,0) thread (1,0,0) wrote, {BLOCKS}",
+    ),
     "divergent_barrier": (
         "thread (0,0,0)",
         "waits at __syncthreads, where 24 of 64 threads do not come: thread (40,0,0) has exited: divergent barrier",
@@ -146,8 +155,8 @@ WRONG = {
     "trapped": ("thread (9,0,0)", "traps"),
 }
 INITIALISED = {  # what they read there comes from outside
-    *("missing_fence", "plain_and_atomic", "waits_for_ever", "read_after_atomic"),
-    *("write_after_read_of_block", "write_after_reads_of_blocks"),
+    *("missing_fence", "plain_and_atomic", "waits_for_ever", "read_after_atomic", "fence_too_early"),
+    *("write_after_read_of_block", "write_after_reads_of_blocks", "fence_of_another_thread"),
 }
 
 

@@ -47,6 +47,13 @@ __global__ void stride_too_large(const float* in, float* out, int) {
 }
 
 template <bool kWrong>
+__global__ void byte_past_end(const float* in, float* out, int count) {
+  const int t = static_cast<int>(threadIdx.x), bytes = count * 4;
+  auto* const to = reinterpret_cast<unsigned char*>(out);
+  to[t] = reinterpret_cast<const unsigned char*>(in)[kWrong ? bytes - t : bytes - 1 - t];
+}
+
+template <bool kWrong>
 __global__ void write_read_only(const float* in, float* out, int) {
   const int i = global_thread();
   out[i] = in[i];
@@ -412,6 +419,40 @@ __global__ void missing_fence(const float* in, float* out, int) {
   }
 }
 
+// A fence is for what comes before it.
+template <bool kWrong>
+__global__ void fence_too_early(const float* in, float* out, int) {
+  auto* const ticket = reinterpret_cast<unsigned*>(out + 1);
+  if (kWrong) {
+    __threadfence();
+  }
+  out[2 + blockIdx.x] = in[blockIdx.x];
+  if (!kWrong) {
+    __threadfence();
+  }
+  if (atomicAdd(ticket, 1u) == 1) {
+    out[0] = out[2] + out[3];
+  }
+}
+
+// A fence is for its own thread, and for others only once a barrier has been passed.
+template <bool kWrong>
+__global__ void fence_of_another_thread(const float* in, float* out, int) {
+  auto* const ticket = reinterpret_cast<unsigned*>(out + 1);
+  if (threadIdx.x == 1) {
+    out[2 + blockIdx.x] = in[blockIdx.x];
+  }
+  if (!kWrong) {
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    __threadfence();
+    if (atomicAdd(ticket, 1u) == 1) {
+      out[0] = out[3 - blockIdx.x];
+    }
+  }
+}
+
 // Barriers and warps
 
 template <bool kWrong>
@@ -523,6 +564,7 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   BOTH(read_before_begin, 2, 32, 0);
   BOTH(write_past_end, 3, 32, 0);
   BOTH(stride_too_large, 2, 32, 0);
+  BOTH(byte_past_end, 1, 32, 0);
   BOTH(write_read_only, 2, 32, 0);
   BOTH(null_pointer, 2, 32, 0);
   BOTH(wild_pointer, 2, 32, 0);
@@ -556,6 +598,8 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   BOTH(race_of_blocks_reading, 2, 32, 0);
   BOTH(plain_and_atomic, 2, 32, 0);
   BOTH(missing_fence, 8, 32, 0);
+  BOTH(fence_too_early, 2, 1, 0);
+  BOTH(fence_of_another_thread, 2, 64, 0);
   BOTH(divergent_barrier, 1, 64, 0);
   BOTH(different_barriers, 1, 64, 0);
   BOTH(warp_waits_for_barrier, 1, 64, 0);
