@@ -58,6 +58,7 @@ MORE_MAPS = [
     ),
 ]
 
+# Source rows are not staged where they and the weights of a tile are too much for shared memory.
 MORE_IMAGES = [
     preprocess_cases.case(name, shape, size, resize=resize, source=source, channels_last=channels_last)
     for resize in ("antialias", "pillow")
@@ -68,12 +69,12 @@ MORE_IMAGES = [
         ("a tile and one", (2, 33, 65), (9, 33), True),
         ("rows in several rounds", (1, 190, 340), (9, 17), False),
         ("unstaged", (1, 70, 2100), (3, 17), True),
-        ("unstaged, rows in several rounds", (1, 1100, 30), (2, 3), False),
+        ("unstaged, rows in several rounds", (1, 70, 1500), (1, 2), False),
         ("larger", (1, 11, 13), (20, 70), True),
     ]
 ]
 MORE_IMAGES += [
-    preprocess_cases.case(f"unstaged, {name}", (2, 70, 210), (1, 2), resize=resize, change=change)
+    preprocess_cases.case(f"unstaged, {name}", (2, 3, 1200), (2, 1), resize=resize, change=change)
     for resize in ("antialias", "pillow")
     for name, change in [("planes first", preprocess_cases.planes_first), ("window", preprocess_cases.window)]
 ]
