@@ -61,7 +61,7 @@ class Case:
         """What ``function`` returns for new arguments or, where the overload writes into given outputs, those."""
         args, kwargs = self.arguments(device)
         returned = function(*args, **kwargs)
-        outputs = [kwargs[name] for name in written_arguments(self.overload)]
+        outputs = [kwargs[name] for name in result_arguments(self.overload)]
         if outputs:
             assert returned is None, f"{self.overload} returns {returned!r} although it writes into given outputs"
             return tuple(outputs)
@@ -121,8 +121,13 @@ def refusals(operator: str) -> list[Refusal]:
     return found
 
 
+def result_arguments(overload: str) -> tuple[str, ...]:
+    """Names of the arguments into which an overload writes its results: all that it writes but a workspace."""
+    return tuple(name for name in written_arguments(overload) if name != "workspace")
+
+
 def written_arguments(overload: str) -> tuple[str, ...]:
-    """Names of the arguments into which an overload writes its results."""
+    """Names of the arguments into which an overload writes."""
     ops.load()
     schema = ops.resolve(ops.NAMESPACE, overload)._schema
     return tuple(arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)

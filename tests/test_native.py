@@ -248,6 +248,26 @@ def test_schemas_are_read_and_registered() -> None:
         assert str(getattr(operator, registered.overload_name or "default")._schema) == str(registered)
 
 
+def test_an_operator_younger_than_the_built_libraries_runs_by_its_reference() -> None:
+    code = """
+import sys, types, torch
+from efficientad_fast import ops
+from efficientad_fast.ops.overload import Overload
+
+newcomer = types.ModuleType("efficientad_fast.ops.newcomer")
+newcomer.overloads = {"default": Overload(lambda x: x + 1, torch.empty_like)}
+sys.modules[newcomer.__name__] = newcomer
+written = ops.schemas()
+ops.schemas = lambda: (*written, "newcomer(Tensor x) -> Tensor")
+ops.load()
+if "cpu" in ops.implementations():
+    assert not ops.has_kernel("cpu", "newcomer", "CPU")
+print(torch.ops.efficientad_fast.newcomer(torch.zeros(2)).tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[1.0, 1.0]", result.stderr
+
+
 @pytest.mark.gpu
 @needs_cuda_library
 @pytest.mark.parametrize("dtype", DTYPES)

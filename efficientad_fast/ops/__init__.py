@@ -81,10 +81,7 @@ def load() -> None:
     """
     if native.is_built("cpu"):
         load_implementation("cpu")
-        library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    else:
-        library = _define(NAMESPACE)
-    _registrations.append(library)
+    library = _define(NAMESPACE)
     for name in qualified_names():
         if not _is_registered(f"{NAMESPACE}::{name}", "CPU"):
             library.impl(name, overload(name).reference, "CPU")
@@ -102,7 +99,6 @@ def load_implementation(implementation: Implementation) -> None:
     namespace = f"{NAMESPACE}_{implementation}"
     if implementation == "triton":
         library = _define(namespace)
-        _registrations.append(library)
         for name in names():
             if _has_triton_module(name):
                 module = importlib.import_module(f"efficientad_fast.triton_kernels.{name}")
@@ -112,6 +108,7 @@ def load_implementation(implementation: Implementation) -> None:
                         library.impl(name if kind == "default" else f"{name}.{kind}", launch, device)
     else:
         native.load(implementation)
+        _define(namespace)
     for name in qualified_names():
         _describe(namespace, name)
 
@@ -163,9 +160,13 @@ def _is_registered(qualified_name: str, device: str) -> bool:
 
 
 def _define(namespace: str) -> torch.library.Library:
-    library = torch.library.Library(namespace, "DEF")
+    """Defines what nobody has yet: all where no library is loaded, else what was written after it was built."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _registrations.append(library)
+    known = torch._C._dispatch_get_all_op_names()
     for schema in schemas():
-        library.define(schema)
+        if f"{namespace}::{schema.partition('(')[0]}" not in known:
+            library.define(schema)
     return library
 
 

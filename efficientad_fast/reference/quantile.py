@@ -15,7 +15,7 @@ from torch import Tensor
 from efficientad_fast.errors import InputError
 
 
-def _ranks(quantiles: Sequence[float], count: int) -> list[tuple[int, int, float]]:
+def ranks_between(quantiles: Sequence[float], count: int) -> list[tuple[int, int, float]]:
     """For each quantile: the two ranks it lies between and how far along, as ``numpy.quantile`` defines it."""
     if count == 0:
         raise InputError("A quantile needs at least one value, got none.")
@@ -29,7 +29,7 @@ def _ranks(quantiles: Sequence[float], count: int) -> list[tuple[int, int, float
     return ranks
 
 
-def _interpolate(lower: float, upper: float, along: float) -> float:
+def interpolate(lower: float, upper: float, along: float) -> float:
     # An infinite neighbour must not make a NaN of a rank that does not reach it.
     if along == 0 or lower == upper:
         return lower
@@ -53,24 +53,24 @@ def quantile(values: Tensor, quantiles: Sequence[float]) -> Tensor:
         InputError: no elements, or a quantile outside [0, 1].
     """
     flat = values.reshape(-1)
-    ranks = _ranks(quantiles, flat.numel())
+    ranks = ranks_between(quantiles, flat.numel())
     if bool(torch.isnan(flat).any()):
         return flat.new_full((len(ranks),), math.nan)
     ordered = torch.sort(flat).values
-    results = [_interpolate(ordered[low].item(), ordered[high].item(), along) for low, high, along in ranks]
+    results = [interpolate(ordered[low].item(), ordered[high].item(), along) for low, high, along in ranks]
     return torch.tensor(results, dtype=torch.float64).to(device=values.device, dtype=values.dtype)
 
 
 _BUCKETS = 1 << 16
 
 
-def _sortable(values: Tensor) -> Tensor:
+def sortable(values: Tensor) -> Tensor:
     """Float32 to int64 in [0, 2^32) with the same order: flip all bits of negatives, the sign bit of others."""
     bits = values.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     return torch.where(bits >= 1 << 31, 0xFFFFFFFF - bits, bits + (1 << 31))
 
 
-def _from_sortable(key: int) -> float:
+def from_sortable(key: int) -> float:
     bits = key - (1 << 31) if key >= 1 << 31 else 0xFFFFFFFF - key
     signed = bits - (1 << 32) if bits >= 1 << 31 else bits
     return float(torch.tensor(signed, dtype=torch.int32).view(torch.float32))
@@ -100,15 +100,15 @@ def streamed_quantiles(chunks: Callable[[], Iterable[Tensor]], quantiles: Sequen
         flat = chunk.detach().cpu().reshape(-1)
         if bool(torch.isnan(flat).any()):
             return [math.nan] * len(quantiles)
-        coarse += torch.bincount(_sortable(flat) >> 16, minlength=_BUCKETS)
-    ranks = _ranks(quantiles, int(coarse.sum()))
+        coarse += torch.bincount(sortable(flat) >> 16, minlength=_BUCKETS)
+    ranks = ranks_between(quantiles, int(coarse.sum()))
 
     ends = torch.cumsum(coarse, 0)
     wanted = sorted({rank for low, high, _ in ranks for rank in (low, high)})
     buckets = [int(torch.searchsorted(ends, rank, right=True)) for rank in wanted]
     fine = {bucket: torch.zeros(_BUCKETS, dtype=torch.int64) for bucket in buckets}
     for chunk in chunks():
-        keys = _sortable(chunk.detach().cpu().reshape(-1))
+        keys = sortable(chunk.detach().cpu().reshape(-1))
         for bucket, counts in fine.items():
             counts += torch.bincount(keys[keys >> 16 == bucket] & 0xFFFF, minlength=_BUCKETS)
 
@@ -116,6 +116,6 @@ def streamed_quantiles(chunks: Callable[[], Iterable[Tensor]], quantiles: Sequen
     for rank, bucket in zip(wanted, buckets, strict=True):
         before = int(ends[bucket] - coarse[bucket])
         lower_bits = int(torch.searchsorted(torch.cumsum(fine[bucket], 0), rank - before, right=True))
-        value_at[rank] = _from_sortable((bucket << 16) | lower_bits)
-    results = [_interpolate(value_at[low], value_at[high], along) for low, high, along in ranks]
+        value_at[rank] = from_sortable((bucket << 16) | lower_bits)
+    results = [interpolate(value_at[low], value_at[high], along) for low, high, along in ranks]
     return [float(torch.tensor(result, dtype=torch.float64).to(torch.float32)) for result in results]
