@@ -458,16 +458,14 @@ def test_results_do_not_depend_on_the_number_of_threads(semantics: ModuleType) -
     np.testing.assert_allclose(results[0], given.reshape(100, 64).sum(axis=1), rtol=1e-5, atol=1e-5)
 
 
-def test_the_first_failing_block_is_reported_whatever_the_number_of_threads(wrong: ModuleType) -> None:
-    said = set()
-    for threads in (1, 2, 3) * 5:
-        read, out, *_ = memory_of(wrong, "")
-        wrong.configure(threads=threads)
-        with pytest.raises(wrong.KernelError) as error:
-            wrong.unwritten_output(read, out, True)
-        said.add(str(error.value))
-    wrong.configure()
-    assert len(said) == 1 and "block (0,0,0) thread (0,0,0)" in said.pop()
+@pytest.mark.parametrize("reads", [[0, 0, 0], [200_000, 0, 0], [100_000, 500_000, 0]])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_first_failing_block_is_reported(semantics: ModuleType, reads: list[int], threads: int) -> None:
+    given = simt_build.buffer(semantics, "reads", np.array(reads, np.float32))
+    for _ in range(5):
+        semantics.configure(threads=threads)
+        with pytest.raises(semantics.KernelError, match=r"^fail_after: block \(0,0,0\) thread \(0,0,0\) reads 4 bytes"):
+            semantics.fail_after(given, written(semantics, np.zeros(3, np.float32)))
 
 
 def test_counts(semantics: ModuleType) -> None:

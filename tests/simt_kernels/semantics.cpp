@@ -251,6 +251,15 @@ __global__ void rotate_in_warp(const float* in, float* out, int steps) {
   out[t] = tile[t];
 }
 
+// Every block reads what nobody has written, after as many other reads as it is told.
+__global__ void fail_after(const float* reads, float* out) {
+  float sum = 0.0f;
+  for (int i = 0; i < static_cast<int>(reads[blockIdx.x]); ++i) {
+    sum += reads[blockIdx.x];
+  }
+  out[blockIdx.x] += sum;
+}
+
 __global__ void to_halves(const float* in, __half* halves, __nv_bfloat16* bfloats, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     halves[i] = __float2half_rn(in[i]);
@@ -369,6 +378,10 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   });
   m.def("rotate_in_warp", [](const Buffer& in, const Buffer& out, int steps) {
     launch(rotate_in_warp, 1, 64, 0, nullptr, in.as<float>(), out.as<float>(), steps);
+  });
+  m.def("fail_after", [](const Buffer& reads, const Buffer& out) {
+    launch(fail_after, static_cast<unsigned>(reads.bytes() / sizeof(float)), 1, 0, nullptr, reads.as<float>(),
+           out.as<float>());
   });
   m.def("to_halves", [](const Buffer& in, const Buffer& halves, const Buffer& bfloats) {
     launch(to_halves, 1, 128, 0, nullptr, in.as<float>(), halves.as<__half>(), bfloats.as<__nv_bfloat16>(),
