@@ -126,12 +126,13 @@ def _resize_and_score(
     # Position (x + 1/2) w / W - 1/2 as an integer and a remainder, both exact, and not before the first column.
     position = tl.maximum((2 * x + 1) * padded_width - columns, 0)
     left = tl.minimum(position // (2 * columns), padded_width - 1)
-    right = tl.minimum(left + 1, padded_width - 1)
+    # A side that keeps its length is copied: its neighbours count nothing, not zero times what may be inf.
+    right = tl.where(padded_width == columns, -1, tl.minimum(left + 1, padded_width - 1))
     across = (position - left * 2 * columns).to(DTYPE) / (2 * columns).to(DTYPE)
 
     # Pair -1 is in front of the first row: the outputs there are the first row, blended with none of the second.
     upper = tl.minimum(tl.maximum(pair, 0), padded_height - 1)
-    lower = tl.minimum(upper + 1, padded_height - 1)
+    lower = tl.where(padded_height == rows, -1, tl.minimum(upper + 1, padded_height - 1))
     map_st_ptr += image * st_stride_n
     map_ae_ptr += image * ae_stride_n
     upper_row = _expanded_row(

@@ -34,8 +34,10 @@ template <typename T>
 struct Interpolation {
   std::vector<int32_t> left, right;
   std::vector<T> weight;
+  bool is_copy;  // then no neighbour is read: an inf in it, times zero, would be a NaN here
 
-  Interpolation(int64_t length, int64_t target) : left(target), right(target), weight(target) {
+  Interpolation(int64_t length, int64_t target)
+      : left(target), right(target), weight(target), is_copy(length == target) {
     const T scale = static_cast<T>(length) / static_cast<T>(target);
     for (int64_t i = 0; i < target; ++i) {
       const T position = std::max<T>((static_cast<T>(i) + T(0.5)) * scale - T(0.5), 0);
@@ -60,11 +62,12 @@ void compute(const Tensor& map_st, const Tensor& map_ae, const anomaly_map::Coef
   T* const map = static_cast<T*>(out.mutable_data_ptr());
 
   parallel_for(0, images * out_height, std::max<int64_t>(kGrain / out_width, 1), [&](int64_t begin, int64_t end) {
-    std::vector<T> buffer(2 * width + (width + 2 * border) + 2 * out_width);
+    std::vector<T> buffer(2 * width + (width + 2 * border) + 3 * out_width);
     T* const st_row = buffer.data();
     T* const ae_row = st_row + width;
     T* const padded = ae_row + width;
     T* expanded[2] = {padded + width + 2 * border, padded + width + 2 * border + out_width};
+    const T* const zeros = expanded[1] + out_width;
     int64_t held[2] = {-1, -1};  // image * padded height + row, of what is in `expanded`
 
     const auto expand = [&](int64_t image, int64_t row, int slot) {
@@ -80,6 +83,10 @@ void compute(const Tensor& map_st, const Tensor& map_ae, const anomaly_map::Coef
         std::fill_n(padded, border, T{0});
         std::fill_n(padded + border + width, border, T{0});
       }
+      if (columns.is_copy) {
+        std::copy_n(padded, out_width, expanded[slot]);
+        return;
+      }
       EFFICIENTAD_FAST_DISPATCH(expand_row<T>, padded, columns.left.data(), columns.right.data(), columns.weight.data(),
                                 out_width, expanded[slot]);
     };
@@ -92,14 +99,15 @@ void compute(const Tensor& map_st, const Tensor& map_ae, const anomaly_map::Coef
         std::swap(held[0], held[1]);
         std::swap(expanded[0], expanded[1]);
       }
-      const int needed = wanted[1] == wanted[0] ? 1 : 2;
+      const int needed = rows.is_copy || wanted[1] == wanted[0] ? 1 : 2;
       for (int slot = 0; slot < needed; ++slot) {
         if (held[slot] != wanted[slot]) {
           held[slot] = wanted[slot];
           expand(image, wanted[slot] - first, slot);
         }
       }
-      row_maxima[index] = EFFICIENTAD_FAST_DISPATCH(blend_rows<T>, expanded[0], expanded[needed - 1], rows.weight[y],
+      const T* const lower = rows.is_copy ? zeros : expanded[needed - 1];
+      row_maxima[index] = EFFICIENTAD_FAST_DISPATCH(blend_rows<T>, expanded[0], lower, rows.weight[y],
                                                     static_cast<T>(folded.outside), out_width, map + index * out_width);
     }
   });

@@ -110,7 +110,8 @@ CASES = [
     case("turned", (2, 6, 9), (24, 36), change=turned, border=4),
     case("every other", (2, 6, 9), (24, 36), change=every_other),
     case("NaN", (2, 9, 9), (36, 36), change=NAN, border=4),
-    case("inf", (2, 9, 9), (9, 9), change=INF, spread=9),
+    case("inf", (2, 9, 9), (9, 9), change=INF),
+    case("inf, resized", (2, 9, 9), (36, 36), change=INF, border=4, spread=9),
     case("negative", (2, 5, 5), (8, 8), change=lambda map_st: map_st - 9, quantiles=None),
     *(
         case(f"{first}, {second}".replace("torch.", ""), (2, 7, 10), (28, 40), border=4, dtypes=(first, second))
