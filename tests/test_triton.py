@@ -77,6 +77,22 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
         torch.ops.efficientad_fast_triton.preprocess(torch.zeros(1, 4, 4, 3), [8, 8])
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel has no types")
+def test_numbers_for_float64_arithmetic_are_passed_in_float64() -> None:
+    """Triton makes them float32 where nothing says otherwise, which its interpreter does not show."""
+    from efficientad_fast.triton_kernels import anomaly_map, preprocess
+
+    kernels = {
+        anomaly_map._resize_and_score: ("st", "ae", "inside", "outside"),
+        preprocess._pillow: [
+            f"{side}_{name}" for side in ("row", "column") for name in ("scale", "stretch", "inverse_stretch")
+        ],
+    }
+    for kernel, names in kernels.items():
+        types = {parameter.name: parameter.annotation_type for parameter in kernel.params}
+        assert {types[name] for name in names} == {"fp64"}
+
+
 def test_launches_are_made_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     from efficientad_fast.triton_kernels import launching
 

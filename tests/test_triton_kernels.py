@@ -37,11 +37,11 @@ def random_maps(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 
 def random_image(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    levels = torch.randint(0, 256, shape, generator=GENERATOR, dtype=torch.uint8)
-    if dtype != torch.uint8:
-        # Levels, and the halves between them, which round to the even one.
-        return ((levels.double() + 0.5 * (levels % 3 == 0)) / 255).to(dtype).to(DEVICE)
-    return levels.to(DEVICE)
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=GENERATOR, dtype=torch.uint8).to(DEVICE)
+    image = torch.rand(shape, generator=GENERATOR, dtype=dtype)
+    image.view(-1)[::5] = 0.5  # between two levels
+    return image.to(DEVICE)
 
 
 def fenced(tensor: Tensor, fence: float, by: int = 4096) -> tuple[Tensor, Tensor]:
@@ -100,22 +100,40 @@ def test_every_place_of_a_nan_reaches_the_score() -> None:
     assert not bool(torch.isnan(anomaly_map).flatten(1).all(1).any())
 
 
-def test_float64_coefficients_are_not_rounded_to_float32() -> None:
+@pytest.mark.parametrize("convention", maps_contract.CONVENTIONS)
+def test_float64_coefficients_are_not_rounded_to_float32(convention: str) -> None:
     map_st, map_ae = random_maps(1, 1, 4, 4, dtype=torch.float64)
     quantiles = [0.1, 1 / 3, 0.3, 0.7]
-    actual = kernel("anomaly_map")(map_st, map_ae, [9, 9], quantiles)
-    for one, trusted in zip(actual, maps_contract.reference(map_st, map_ae, [9, 9], quantiles), strict=True):
+    actual = kernel("anomaly_map")(map_st, map_ae, [9, 9], quantiles, border=1, convention=convention)
+    expected = maps_contract.reference(map_st, map_ae, [9, 9], quantiles, border=1, convention=convention)
+    for one, trusted in zip(actual, expected, strict=True):
         assert_close(one, trusted, tolerance("anomaly_map", torch.float64))
 
 
-def test_drop_in_over_several_blocks_with_strided_quantiles() -> None:
+def test_drop_in_quantiles_near_each_other() -> None:
+    """Their difference would be nothing in float32."""
+    map_st, map_ae = random_maps(1, 1, 5, 3)
+    pair = torch.tensor([0.3, 0.3 + 1e-10], dtype=torch.float64, device=DEVICE)
+    actual = kernel("anomaly_map", "drop_in")(map_st, map_ae, pair, pair)
+    expected = maps_contract.reference_drop_in(map_st, map_ae, pair, pair)
+    for one, trusted in zip(actual, expected, strict=True):
+        assert_close(one, trusted, tolerance("anomaly_map", torch.float32))
+
+
+def test_drop_in_over_several_blocks_with_strided_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
     map_st, map_ae = random_maps(3, 1, 23, 31)  # 2139 elements
     quantiles = torch.tensor([0.2, 9.0, 0.7, 9.0, 0.1, 9.0, 0.8], device=DEVICE)
     pairs = (quantiles[0:4:2], quantiles[4::2])
-    actual = kernel("anomaly_map", "drop_in")(map_st, map_ae, *pairs)
+    from efficientad_fast.triton_kernels import anomaly_map
+
+    results, memories = zip(*(fenced(torch.empty_like(map_st), FENCE) for _ in range(3)), strict=True)
+    monkeypatch.setattr(maps_contract, "fake_drop_in", lambda *given: results)  # what it allocates
     expected = maps_contract.reference_drop_in(map_st.double(), map_ae.double(), *pairs)
-    for one, trusted in zip(actual, expected, strict=True):
+    anomaly_map.anomaly_map_drop_in(map_st, map_ae, *pairs)
+    for one, trusted in zip(results, expected, strict=True):
         assert_close(one, trusted, tolerance("anomaly_map", torch.float32))
+    for memory in memories:
+        assert_fence_stands(memory, FENCE)
 
 
 # More taps than a block has on one side or both; fewer outputs than a block, and more.

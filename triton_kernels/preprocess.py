@@ -161,9 +161,9 @@ def _load_level(ptr, taken):
     if value.dtype == tl.uint8:
         return value.to(tl.int32)
     else:
-        # Adding and taking away 1.5 * 2^52 rounds halves to the even level.
+        # Exact in float64; of float32's numbers only 0.5 lies between two levels, and 127.5 goes to the even 128 too.
         scaled = tl.minimum(tl.maximum(value.to(tl.float64) * 255.0, 0.0), 255.0)
-        return ((scaled + 6755399441055744.0) - 6755399441055744.0).to(tl.int32)
+        return (scaled + 0.5).to(tl.int32)
 
 
 @triton.jit
