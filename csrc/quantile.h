@@ -1,4 +1,4 @@
-// quantile: what the CPU and the CUDA library check before they compute, and what a quantile is made of.
+// quantile: what the CPU and the CUDA library check before they compute.
 // efficientad_fast/ops/quantile.py is the contract.
 
 #pragma once
@@ -6,7 +6,6 @@
 #include "checks.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <set>
 #include <string>
@@ -16,7 +15,7 @@ namespace efficientad_fast::quantile {
 
 inline constexpr const char* kName = "quantile";
 inline constexpr int64_t kBuckets = 1 << 16;
-inline constexpr int64_t kWorkspace = 3 * 4 * 2048 + 2 * 4;
+inline constexpr int64_t kWorkspace = 3 * 4 * 2048 + 4 * 4;
 
 inline void check_values(const Tensor& values, bool cuda) {
   require_device_kind(kName, "values", values, cuda);
@@ -32,8 +31,8 @@ inline void check(const Tensor& values, const std::vector<double>& fractions, bo
   EFFICIENTAD_FAST_REQUIRE(within, kName, "fractions", "numbers in [0, 1]", list_text(fractions));
 }
 
-inline void check_written(const Tensor& values, const char* name, const Tensor& given, const std::vector<int64_t>& shape,
-                          ScalarType dtype) {
+inline void check_written(const Tensor& values, const char* name, const Tensor& given,
+                          const std::vector<int64_t>& shape, ScalarType dtype) {
   EFFICIENTAD_FAST_REQUIRE(shape_text(given) == text(shape), kName, name, text(shape), shape_text(given));
   EFFICIENTAD_FAST_REQUIRE(given.scalar_type() == dtype, kName, name, dtype_text(dtype),
                            dtype_text(given.scalar_type()));
@@ -59,18 +58,5 @@ inline void check_count(const Tensor& values, const std::vector<int64_t>& prefix
   }
   check_written(values, "counts", counts, shape, ScalarType::Long);
 }
-
-// The ranks that a quantile of `count` numbers lies between, and how far along.
-struct Ranks {
-  int64_t low, high;
-  double along;
-
-  Ranks(double fraction, int64_t count) {
-    const double position = fraction * static_cast<double>(count - 1);
-    low = static_cast<int64_t>(position);
-    high = std::min(low + 1, count - 1);
-    along = position - static_cast<double>(low);
-  }
-};
 
 }  // namespace efficientad_fast::quantile

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from efficientad_fast.ops import anomaly_map as anomaly_map_operator
 from efficientad_fast.ops import preprocess as preprocess_operator
+from efficientad_fast.ops import quantile as quantile_operator
 from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -87,12 +88,34 @@ def preprocess_out(
     _kernels().preprocess(_array(image), resize == "pillow", list(mean), list(std), channels_last, _array(out))
 
 
+def quantile(values: Tensor, fractions: Sequence[float]) -> Tensor:
+    out = quantile_operator.fake(values, fractions)
+    workspace = torch.empty(quantile_operator.WORKSPACE, dtype=torch.int64)
+    quantile_out(values, fractions, out=out, workspace=workspace)
+    return out
+
+
+def quantile_out(values: Tensor, fractions: Sequence[float], *, out: Tensor, workspace: Tensor) -> None:
+    quantile_operator.fake_out(values, fractions, out=out, workspace=workspace)
+    dense = values.contiguous()
+    _kernels().quantile(_array(dense), list(fractions), _array(out), _array(workspace))
+
+
+def quantile_count(values: Tensor, prefixes: Sequence[int], *, counts: Tensor) -> None:
+    quantile_operator.fake_count(values, prefixes, counts=counts)
+    dense = values.contiguous()
+    _kernels().quantile_count(_array(dense), list(prefixes), _array(counts))
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "anomaly_map": anomaly_map,
     "anomaly_map.out": anomaly_map_out,
     "anomaly_map.drop_in": anomaly_map_drop_in,
     "preprocess": preprocess,
     "preprocess.out": preprocess_out,
+    "quantile": quantile,
+    "quantile.out": quantile_out,
+    "quantile.count": quantile_count,
 }
 """By the overload's name, as a schema has it."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import emulated
 import pytest
+import simt_build
 import torch
 from assertions import assert_close
 from cases import anomaly_map as anomaly_map_cases
@@ -20,7 +21,7 @@ from torch import Tensor
 from efficientad_fast.ops import anomaly_map as anomaly_map_operator
 from efficientad_fast.reference.preprocess import preprocess as preprocess_reference
 
-OPERATORS = ("anomaly_map", "preprocess")
+OPERATORS = ("anomaly_map", "preprocess", "quantile")
 DTYPES = anomaly_map_cases.DTYPES
 
 # Tiles are 128 pixels wide and 8 to 128 high; rows of a thread: 1 for few images, 16 for many.
@@ -228,3 +229,15 @@ def test_quantiles_of_the_drop_in_are_subtracted_in_float64() -> None:
     expected = anomaly_map_operator.reference_drop_in(*maps, near, near)
     for one, other in zip(emulated.anomaly_map_drop_in(*maps, near, near), expected, strict=True):
         assert_close(one, other, tolerance("anomaly_map", torch.float32))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_quantiles_in_another_order_of_blocks_and_threads(order: int) -> None:
+    kernels = simt_build.load("operators", simt_build.SIMT / "operators.cpp")
+    kernels.configure(order=order, threads=2)
+    try:
+        for case in cases("quantile"):
+            if "several blocks" in case.name or "many" in case.name:
+                case.check(case.run(emulated.FUNCTIONS[case.overload]))
+    finally:
+        kernels.configure()

@@ -21,7 +21,6 @@ namespace efficientad_fast {
 namespace {
 
 using quantile::kBuckets;
-using quantile::Ranks;
 
 constexpr int64_t kBlock = 64;  // numbers whose keys a processor makes at once
 
@@ -64,6 +63,20 @@ void add_lower(const float* values, int64_t numbers, const uint32_t* prefixes, i
   });
 }
 
+// The ranks that a quantile of `count` numbers lies between, and how far along.
+struct Ranks {
+  int64_t low, high;
+  double along;
+
+  Ranks(double fraction, int64_t count) {
+    // Stored, so that no compiler makes one rounding of a product and a difference.
+    const volatile double position = fraction * static_cast<double>(count - 1);
+    low = static_cast<int64_t>(position);
+    high = std::min(low + 1, count - 1);
+    along = position - static_cast<double>(low);
+  }
+};
+
 // The bucket that holds `rank`, and how many numbers are in those before it.
 struct Place {
   int64_t bucket, before;
@@ -84,8 +97,7 @@ double interpolate(double lower, double upper, double along) {
     return lower;
   }
   const double difference = upper - lower;
-  // Stored, so that no compiler makes one rounding of a product and a sum.
-  volatile double step = along < 0.5 ? difference * along : difference * (1 - along);
+  const volatile double step = along < 0.5 ? difference * along : difference * (1 - along);
   return along < 0.5 ? lower + step : upper - step;
 }
 

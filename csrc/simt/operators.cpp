@@ -2,6 +2,7 @@
 
 #include "cuda/anomaly_map_kernel.h"
 #include "cuda/preprocess_kernel.h"
+#include "cuda/quantile_kernel.h"
 #include "simt/bindings.h"
 
 #include <pybind11/pybind11.h>
@@ -152,6 +153,35 @@ void preprocess(const Array& image, bool pillow, const std::array<double, 3>& me
   take(to);
 }
 
+// Of int64, contiguous: what a kernel reads and writes.
+Buffer whole_numbers(const char* name, const Array& array, bool initialised) {
+  std::size_t bytes = sizeof(std::int64_t);
+  for (const std::int64_t size : array.sizes) {
+    bytes *= static_cast<std::size_t>(size);
+  }
+  return Buffer(name, reinterpret_cast<void*>(array.pointer), bytes, /*writable=*/true, initialised);
+}
+
+// values: contiguous, as for quantile_count.
+void quantile(const Array& values, const std::vector<double>& fractions, const Array& out, const Array& workspace) {
+  const Buffer from = source("values", values), to = result("out", out);
+  const Buffer selection = whole_numbers("workspace", workspace, /*initialised=*/false);
+  cuda::Quantile call{};
+  call.values = from.as<float>(), call.count = static_cast<std::int64_t>(values.bytes() / sizeof(float));
+  call.out = to.as<float>(), call.selection = selection.as<cuda::Selection>();
+  cuda::launch_quantile(call, fractions.data(), static_cast<std::int64_t>(fractions.size()), nullptr);
+  take(to);
+}
+
+void quantile_count(const Array& values, const std::vector<std::int64_t>& prefixes, const Array& counts) {
+  const Buffer from = source("values", values), to = whole_numbers("counts", counts, /*initialised=*/true);
+  cuda::QuantileCount call{};
+  call.values = from.as<float>(), call.count = static_cast<std::int64_t>(values.bytes() / sizeof(float));
+  call.counts = to.as<unsigned long long>();
+  cuda::launch_quantile_count(call, prefixes.data(), static_cast<std::int64_t>(prefixes.size()), nullptr);
+  take(to);
+}
+
 }  // namespace
 
 }  // namespace efficientad_fast::simt
@@ -167,4 +197,6 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   m.def("anomaly_map", &simt::anomaly_map);
   m.def("drop_in", &simt::drop_in);
   m.def("preprocess", &simt::preprocess);
+  m.def("quantile", &simt::quantile);
+  m.def("quantile_count", &simt::quantile_count);
 }

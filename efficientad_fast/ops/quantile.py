@@ -43,7 +43,7 @@ from efficientad_fast.reference.quantile import from_sortable, interpolate, rank
 from efficientad_fast.reference.quantile import quantile as exact_quantile
 
 BUCKETS = 1 << 16
-WORKSPACE = 3 * 4 * 2048 + 2 * 4
+WORKSPACE = 3 * 4 * 2048 + 4 * 4
 """Elements of the workspace: a GPU takes two fractions at a time, hence four ranks, by digits of 11 bits."""
 
 
