@@ -16,6 +16,7 @@ from torch import Tensor
 
 from efficientad_fast import ops
 from efficientad_fast.ops import anomaly_map as maps_contract
+from efficientad_fast.ops import quantile as quantile_contract
 from efficientad_fast.reference.preprocess import preprocess as preprocess_one
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -162,3 +163,14 @@ def test_preprocess_stays_within_its_memory(
     expected = [preprocess_one(one.double(), size, resize=resize, dtype=torch.float64) for one in image.movedim(3, 1)]
     assert_close(out, torch.stack(expected), tolerance("preprocess", torch.float32))
     assert_fence_stands(memory, FENCE)
+
+
+def test_quantile_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More numbers than all programs read at a time."""
+    from efficientad_fast.triton_kernels import quantile as module
+
+    monkeypatch.setattr(module, "MOST_PROGRAMS", 2)
+    values, _ = fenced(torch.randn(5 * module.BLOCK + 3, generator=GENERATOR), math.nan)
+    fractions = [0.0, 0.1, 0.5, 0.9, 1.0]
+    expected = quantile_contract.reference(values, fractions)
+    assert_close(kernel("quantile")(values.to(DEVICE), fractions), expected, EXACT)

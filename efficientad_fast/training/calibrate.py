@@ -13,9 +13,9 @@ from torch import Tensor
 
 from efficientad_fast.detector import Detector
 from efficientad_fast.errors import InputError
+from efficientad_fast.ops.quantile import streamed
 from efficientad_fast.reference import maps
 from efficientad_fast.reference.maps import Quantiles
-from efficientad_fast.reference.quantile import streamed_quantiles
 
 START, END = 0.9, 0.995
 
@@ -77,8 +77,8 @@ def calibrate(
                 raw = raw_maps(index)[which]
                 yield maps.resized_raw_map(raw, size, pad_maps=pad_maps) if convention == "resized" else raw
 
-        st = _checked("map_st", streamed_quantiles(lambda: one_map(0), (START, END)))
-        ae = _checked("map_ae", streamed_quantiles(lambda: one_map(1), (START, END)))
+        st = _checked("map_st", streamed(lambda: one_map(0), (START, END)))
+        ae = _checked("map_ae", streamed(lambda: one_map(1), (START, END)))
         quantiles = Quantiles(st[0], st[1], ae[0], ae[1])
         scores = []
         for index, original_size in enumerate(original_sizes):
