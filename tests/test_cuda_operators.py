@@ -21,7 +21,7 @@ from torch import Tensor
 from efficientad_fast.ops import anomaly_map as anomaly_map_operator
 from efficientad_fast.reference.preprocess import preprocess as preprocess_reference
 
-OPERATORS = ("anomaly_map", "preprocess", "quantile")
+OPERATORS = tuple(dict.fromkeys(name.partition(".")[0] for name in emulated.FUNCTIONS))
 DTYPES = anomaly_map_cases.DTYPES
 
 # Tiles are 128 pixels wide and 8 to 128 high; rows of a thread: 1 for few images, 16 for many.

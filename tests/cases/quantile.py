@@ -112,7 +112,7 @@ CASES = [
     case("infinities", (9,), (0.0, 0.06, 0.125, 0.5, 0.8, 0.875, 1.0), change=INFINITIES),
     case("infinities alone", (3,), (0.0, 0.25, 0.5, 0.6), change=INFINITIES),
     case("into", (56, 56), into=True),
-    case("into, one", (1,), (0.5,), into=True),
+    case("into, all equal", (9,), (0.5,), into=True, change=torch.ones_like),
     case("into, five fractions", (700,), (0.9, 0.1, 0.5, 1.0, 0.0), into=True),
     case("into, NaN", (700,), (0.9, 0.1, 0.5), into=True, change=NAN),
     case("into, turned", (20, 30), into=True, change=lambda values: values.T),
