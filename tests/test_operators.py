@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,7 @@ def test_compiles_and_exports(operator: str) -> None:
     for kind in {case.overload: case for case in cases(operator)}.values():
         function = ops.resolve(ops.NAMESPACE, kind.overload)
         args, kwargs = kind.arguments()
+        torch._dynamo.reset()  # one limit of recompilations holds for all lambdas of this line
         compiled = torch.compile(lambda *a, f=function, **k: f(*a, **k), backend="aot_eager", fullgraph=True)
         for actual, expected in zip(kind.run(compiled), kind.run(function), strict=True):
             assert_close(actual, expected, EXACT, f"{kind!r} compiled")
@@ -207,3 +209,16 @@ def test_works_in_a_cuda_graph(case: Case) -> None:
     graph.replay()
     torch.cuda.synchronize()
     case.check(tuple(kwargs[name] for name in result_arguments(case.overload)))
+
+
+@every_operator
+def test_house_is_complete(operator: str) -> None:
+    """One name across the house: whoever knows one room finds the others."""
+    root = Path(__file__).resolve().parents[1]
+    rooms = [f"efficientad_fast/ops/{operator}.py", f"csrc/cpu/{operator}.cpp", f"csrc/cuda/{operator}.cu"]
+    rooms += [f"tests/cases/{operator}.py"]
+    if operator != "identity":  # a copy, which needs no kernels to choose from, and has nothing to measure
+        rooms += [f"csrc/cuda/{operator}_kernel.h", f"triton_kernels/{operator}.py", f"benchmarks/test_{operator}.py"]
+    missing = [room for room in rooms if not (root / room).is_file()]
+    assert not missing, f"{operator} has no {', no '.join(missing)}"
+    assert operator in ops.choices()
