@@ -337,4 +337,6 @@ def test_triton_kernels_have_no_faults(triton_compiler: TritonCompiler) -> None:
     for module in modules:
         kernels = triton_compiler.compile(module, "sm_90")
         assert kernels and [fault for kernel in kernels for fault in kernel.faults()] == []
-        assert all(kernel.counts["LDG"] and kernel.counts["STG"] and kernel.occupancy > 0 for kernel in kernels)
+        assert all(kernel.counts["LDG"] and kernel.occupancy > 0 for kernel in kernels)
+        # A histogram is written by atomics alone.
+        assert all({"STG", "RED", "REDG"} & kernel.counts.keys() for kernel in kernels)
