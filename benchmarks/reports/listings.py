@@ -97,7 +97,7 @@ def instructions(sass: str) -> dict[str, Counter[str]]:
     return found
 
 
-# What a performance question starts with: tensor cores, copies past the registers, memory, atomics, barriers, arithmetic.
+# What a performance question starts with: tensor cores, copies past registers, memory, atomics, barriers, arithmetic.
 INSTRUCTIONS = (
     *("HMMA", "HGMMA", "IMMA", "IGMMA", "DMMA", "LDGSTS", "UTMALDG", "UTMASTG", "UBLKCP"),
     *("LDG", "STG", "LDSM", "LDS", "STS", "LDL", "STL", "ATOMG", "RED", "REDG", "ATOMS", "BAR", "FFMA"),
