@@ -19,7 +19,9 @@ from tolerances import EXACT, tolerance
 from torch import Tensor
 
 from efficientad_fast.ops import anomaly_map as anomaly_map_operator
+from efficientad_fast.ops import quantile as quantile_operator
 from efficientad_fast.reference.preprocess import preprocess as preprocess_reference
+from efficientad_fast.reference.quantile import quantile as by_sorting
 
 OPERATORS = tuple(dict.fromkeys(name.partition(".")[0] for name in emulated.FUNCTIONS))
 DTYPES = anomaly_map_cases.DTYPES
@@ -241,3 +243,13 @@ def test_quantiles_in_another_order_of_blocks_and_threads(order: int) -> None:
                 case.check(case.run(emulated.FUNCTIONS[case.overload]))
     finally:
         kernels.configure()
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_quantiles_of_values_at_any_alignment(first: int) -> None:
+    values = numbers((50 + first,))[first:]
+    assert_close(emulated.quantile(values, [0.0, 0.3, 1.0]), by_sorting(values, [0.0, 0.3, 1.0]), EXACT)
+    counts, expected = (torch.zeros(quantile_operator.BUCKETS, dtype=torch.int64) for _ in range(2))
+    emulated.quantile_count(values, [], counts=counts)
+    quantile_operator.reference_count(values, [], counts=expected)
+    assert_close(counts, expected, EXACT)
