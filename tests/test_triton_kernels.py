@@ -166,11 +166,15 @@ def test_preprocess_stays_within_its_memory(
 
 
 def test_quantile_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More numbers than all programs read at a time."""
+    """More numbers than all programs read at a time, and fewer fractions than are taken at a time."""
     from efficientad_fast.triton_kernels import quantile as module
 
     monkeypatch.setattr(module, "MOST_PROGRAMS", 2)
-    values, _ = fenced(torch.randn(5 * module.BLOCK + 3, generator=GENERATOR), math.nan)
+    values, _ = fenced(torch.randn(5 * module.BLOCK + 3, generator=GENERATOR).to(DEVICE), math.nan)
     fractions = [0.0, 0.1, 0.5, 0.9, 1.0]
-    expected = quantile_contract.reference(values, fractions)
-    assert_close(kernel("quantile")(values.to(DEVICE), fractions), expected, EXACT)
+    out, memory = fenced(torch.empty(len(fractions), device=DEVICE), FENCE)
+    workspace, room = fenced(torch.empty(quantile_contract.WORKSPACE, dtype=torch.int64, device=DEVICE), FENCE)
+    kernel("quantile", "out")(values, fractions, out=out, workspace=workspace)
+    assert_close(out, quantile_contract.reference(values, fractions), EXACT)
+    for fence in (memory, room):
+        assert_fence_stands(fence, FENCE)
