@@ -14,6 +14,7 @@
 namespace efficientad_fast::anomaly_map {
 
 inline constexpr const char* kName = "anomaly_map";
+inline constexpr int64_t kMostBorder = 65536;
 
 // anomaly_map = resize(pad(st * map_st + ae * map_ae + inside)) + outside: resizing and padding are linear, so that one
 // resize serves both conventions. They differ in where the quantiles' offset goes.
@@ -44,7 +45,8 @@ inline void check_maps(const Tensor& map_st, const Tensor& map_ae, bool cuda) {
 
 inline Coefficients checked_coefficients(const std::optional<std::vector<double>>& quantiles, int64_t border,
                                          const std::string& convention) {
-  EFFICIENTAD_FAST_REQUIRE(border >= 0, kName, "border", "at least 0", border);
+  EFFICIENTAD_FAST_REQUIRE(border >= 0 && border <= kMostBorder, kName, "border",
+                           "from 0 to " + std::to_string(kMostBorder), border);
   EFFICIENTAD_FAST_REQUIRE(convention == "resized" || convention == "native", kName, "convention",
                            "'resized' or 'native'", "'" + convention + "'");
   Coefficients folded;

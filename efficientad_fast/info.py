@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-import re
 from pkgutil import iter_modules
 from typing import Any
 
@@ -151,31 +150,12 @@ def _cuda_backend(gpus: list[dict[str, str]]) -> dict[str, Any]:
     if not gpus:
         return _fails(_no_gpu())
     archs: list[str] = (native.build_info() or {})["cuda_archs"]
-    if not covers(archs, gpus[0]["capability"]):
+    if not native.covers(archs, gpus[0]["capability"]):
         return _fails(
             f"the library is compiled for {', '.join(archs)} and {gpus[0]['name']} has compute capability "
             f"{gpus[0]['capability']}; install again with EFFICIENTAD_FAST_CUDA_ARCHS={gpus[0]['capability']}"
         )
     return _run("cuda")
-
-
-def covers(archs: list[str], capability: str) -> bool:
-    """Whether code for ``archs`` (``8.0``, ``9.0a``, ``9.0+PTX``) runs on a GPU of this capability (``8.6``).
-
-    Machine code runs on its own major version from its own minor version on, PTX on everything later; code with a
-    suffix runs on that capability alone (``f``: on its family).
-    """
-    device = tuple(map(int, capability.split(".")))
-    for arch in archs:
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
-        if match is None:
-            raise ValueError(f"not an architecture: {arch!r}")
-        code, suffix, ptx = (int(match[1]), int(match[2])), match[3], match[4] is not None
-        if code == device:
-            return True
-        if code < device and suffix != "a" and (code[0] == device[0] or (ptx and not suffix)):
-            return True
-    return False
 
 
 def _triton_backend(gpus: list[dict[str, str]]) -> dict[str, Any]:

@@ -78,6 +78,31 @@ def library_path(name: Library) -> Path:
     return path
 
 
+def cuda_archs() -> list[str]:
+    """Architectures that the CUDA library has code for, such as ``8.0`` and ``9.0+PTX``; none if it was not built."""
+    info = build_info()
+    return [] if info is None else list(info["cuda_archs"])
+
+
+def covers(archs: list[str], capability: str) -> bool:
+    """Whether code for ``archs`` (``8.0``, ``9.0a``, ``9.0+PTX``) runs on a GPU of this capability (``8.6``).
+
+    Machine code runs on its own major version from its own minor version on, PTX on everything later; code with a
+    suffix runs on that capability alone (``f``: on its family).
+    """
+    device = tuple(map(int, capability.split(".")))
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            raise ValueError(f"not an architecture: {arch!r}")
+        code, suffix, ptx = (int(match[1]), int(match[2])), match[3], match[4] is not None
+        if code == device:
+            return True
+        if code < device and suffix != "a" and (code[0] == device[0] or (ptx and not suffix)):
+            return True
+    return False
+
+
 @functools.cache
 def load(name: Library) -> None:
     """Loads a library once, which registers its operators as ``torch.ops.efficientad_fast_<name>``.

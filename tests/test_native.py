@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -347,4 +349,100 @@ def test_info_says_why_cuda_does_not_work(package: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_which_gpus_a_library_covers(archs: list[str], capability: str, expected: bool) -> None:
-    assert info.covers(archs, capability) is expected
+    assert native.covers(archs, capability) is expected
+
+
+# Loading and choosing
+
+
+def test_threads_that_load_at_once_load_once() -> None:
+    code = """
+import threading
+from efficientad_fast import ops
+barrier, errors = threading.Barrier(8), []
+def work(index):
+    barrier.wait()
+    try:
+        ops.load()
+        for name in ops.implementations():
+            if name != "cuda":
+                ops.load_implementation(name)
+    except BaseException as error:
+        errors.append(repr(error))
+threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(errors)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of capability 7.5, and a CUDA library alone, with code for later ones."""
+    for cache in (ops.choose, ops._works_on):
+        cache.cache_clear()
+    ops.load()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(native, "cuda_archs", lambda: ["8.0", "9.0+PTX"])
+    monkeypatch.setattr(ops, "_is_installed", lambda implementation: implementation == "cuda")
+    yield
+    for cache in (ops.choose, ops._works_on):
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_gpu_without_code_takes_the_reference_and_is_told_what_to_do() -> None:
+    with pytest.warns(RuntimeWarning, match=r"8\.0, 9\.0\+PTX and none for this GPU's 7\.5; .*CUDA_ARCHS=7\.5"):
+        assert ops.choose("anomaly_map", 0) is ops.overload("anomaly_map").reference
+    assert ops.choose("preprocess.out", 0) is ops.overload("preprocess.out").reference  # told once
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_library_that_does_not_load_is_passed_over_and_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(implementation: str) -> None:
+        raise BackendError("it is for another PyTorch")
+
+    monkeypatch.setattr(native, "cuda_archs", lambda: ["7.5"])
+    monkeypatch.setattr(ops, "load_implementation", load)
+    with pytest.warns(RuntimeWarning, match="it is for another PyTorch"):
+        assert ops.choose("anomaly_map", 0) is ops.overload("anomaly_map").reference
+
+
+@needs_cuda_library
+def test_a_gpu_that_the_library_has_code_for_takes_it(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cuda_archs", lambda: ["7.5"])
+    assert ops.choose("anomaly_map", 0) is torch.ops.efficientad_fast_cuda.anomaly_map.default
+
+
+def test_a_source_tree_that_was_never_installed_has_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = ops.importlib.util.find_spec
+    missing = "efficientad_fast.triton_kernels"
+
+    def find_spec(name: str) -> Any:
+        if name == missing:
+            return None
+        if name.startswith(missing):
+            raise ModuleNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(ops.importlib.util, "find_spec", find_spec)
+    assert "triton" not in ops.implementations()
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_kernels_of_lesser_processors(level: str) -> None:
+    """The best level runs everywhere else; the processor may have less than is asked for."""
+    selected = ["tests/test_operators.py", "-k", "cpu-cpu and (test_results or test_drawn_shapes) and not memory"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected],
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "EFFICIENTAD_FAST_CPU_LEVEL": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"[1-9]\d* passed", result.stdout)

@@ -20,10 +20,8 @@ Level best() {
 #endif
 }
 
-}  // namespace
-
-Level level() {
-  static const Level supported = best();
+Level chosen() {
+  const Level supported = best();
   const char* wanted = std::getenv("EFFICIENTAD_FAST_CPU_LEVEL");
   if (wanted == nullptr) {
     return supported;
@@ -32,6 +30,14 @@ Level level() {
                       : std::strcmp(wanted, "avx2") == 0   ? Level::avx2
                                                            : Level::avx512;
   return std::min(named, supported);
+}
+
+}  // namespace
+
+Level level() {
+  // Once: kernels ask for each row, on threads of their own, and Python may change the environment meanwhile.
+  static const Level level = chosen();
+  return level;
 }
 
 }  // namespace efficientad_fast

@@ -10,7 +10,8 @@ namespace efficientad_fast {
 
 enum class Level { baseline, avx2, avx512 };
 
-// The best that this processor has, or a lower one where EFFICIENTAD_FAST_CPU_LEVEL names it: baseline, avx2, avx512.
+// The best that this processor has, or a lower one where EFFICIENTAD_FAST_CPU_LEVEL names it when the first kernel runs:
+// baseline, avx2, avx512.
 Level level();
 
 }  // namespace efficientad_fast

@@ -46,6 +46,10 @@ struct Taps {
     weight.resize(target * most);
     std::vector<double> raw(most);
     for (int64_t i = 0; i < target; ++i) {
+      if (length == target) {  // a copy: the neighbour with weight zero is not read, for it may be NaN
+        first[i] = i, count[i] = 1, weight[i * most] = std::is_integral_v<Weight> ? Weight{1 << 22} : Weight{1};
+        continue;
+      }
       const double centre = (static_cast<double>(i) + 0.5) * scale;
       first[i] = std::max<int64_t>(static_cast<int64_t>(centre - stretch + 0.5), 0);
       const int64_t end = std::min<int64_t>(static_cast<int64_t>(centre + stretch + 0.5), length);

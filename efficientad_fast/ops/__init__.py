@@ -18,19 +18,40 @@ import importlib
 import importlib.util
 import json
 import re
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 from efficientad_fast import native
+from efficientad_fast.errors import BackendError
 from efficientad_fast.ops.overload import Overload
 
 NAMESPACE = "efficientad_fast"
 
 Implementation = Literal["cpu", "cuda", "triton"]
+
+_Result = TypeVar("_Result")
+
+
+class _Once(Generic[_Result]):
+    """``functools.cache`` for what must not run twice: a thread that comes meanwhile waits, whatever is loaded."""
+
+    _lock = threading.RLock()
+
+    def __init__(self, function: Callable[..., _Result]) -> None:
+        functools.update_wrapper(self, function)
+        self._cached = functools.cache(function)
+        self.cache_clear = self._cached.cache_clear
+
+    def __call__(self, *args: Any) -> _Result:
+        with self._lock:
+            return self._cached(*args)
+
 
 # Registrations last as long as the object that made them.
 _registrations: list[torch.library.Library] = []
@@ -72,7 +93,7 @@ def has_kernel(implementation: Implementation, name: str, device: str) -> bool:
     return _is_registered(f"{NAMESPACE}_{implementation}::{name}", device)
 
 
-@functools.cache
+@_Once
 def load() -> None:
     """Registers the operators, once. Loads the CPU library where it was built; asks for no GPU.
 
@@ -89,7 +110,7 @@ def load() -> None:
         _describe(NAMESPACE, name)
 
 
-@functools.cache
+@_Once
 def load_implementation(implementation: Implementation) -> None:
     """Makes ``torch.ops.efficientad_fast_<implementation>`` callable, with fakes.
 
@@ -120,18 +141,41 @@ def choices() -> dict[str, dict[str, list[str]]]:
     return cast(dict[str, dict[str, list[str]]], json.loads(text)["cuda"])
 
 
-@functools.cache
+@_Once
 def choose(qualified_name: str, device_index: int) -> Callable[..., Any]:
-    """The first of :func:`choices` for this GPU that is installed and has a kernel."""
+    """The first of :func:`choices` that works on this GPU and has a kernel; the reference always does."""
     by_capability = choices()[qualified_name.partition(".")[0]]
     capability = ".".join(map(str, torch.cuda.get_device_capability(device_index)))
     for implementation in by_capability.get(capability, by_capability["default"]):
         if implementation == "reference":
             break
         known = cast(Implementation, implementation)
-        if _is_installed(known) and has_kernel(known, qualified_name, "CUDA"):
+        if _works_on(known, capability) and has_kernel(known, qualified_name, "CUDA"):
             return resolve(f"{NAMESPACE}_{known}", qualified_name)
     return overload(qualified_name).reference
+
+
+@_Once
+def _works_on(implementation: Implementation, capability: str) -> bool:
+    """Whether it is installed and runs on GPUs of that capability; a built library that does not is told of once."""
+    if not _is_installed(implementation):
+        return False
+    if implementation == "cuda" and not native.covers(native.cuda_archs(), capability):
+        _warn_of_slower(
+            f"the CUDA library has code for {', '.join(native.cuda_archs())} and none for this GPU's {capability}; "
+            f"install again with EFFICIENTAD_FAST_CUDA_ARCHS={capability}"
+        )
+        return False
+    try:
+        load_implementation(implementation)
+    except BackendError as error:
+        _warn_of_slower(str(error))
+        return False
+    return True
+
+
+def _warn_of_slower(reason: str) -> None:
+    warnings.warn(f"Operators run through slower implementations: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def resolve(namespace: str, qualified_name: str) -> Callable[..., Any]:
@@ -152,6 +196,9 @@ def _is_installed(implementation: Implementation) -> bool:
 
 
 def _has_triton_module(name: str) -> bool:
+    # A source tree that was never installed does not have the package that these are in.
+    if importlib.util.find_spec("efficientad_fast.triton_kernels") is None:
+        return False
     return importlib.util.find_spec(f"efficientad_fast.triton_kernels.{name}") is not None
 
 

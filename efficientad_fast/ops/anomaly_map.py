@@ -7,10 +7,11 @@ with its own quantiles, ``anomaly_map = 0.5 map_st' + 0.5 map_ae'``, score = its
 
 - map_st, map_ae: ``(N, 1, h, w)``, h and w at least 1, of one shape, float32, float16, bfloat16 or float64, on one
   device; any strides. Squared feature units. N may be 0.
-- size: height and width of the anomaly map in pixels, each at least 1.
+- size: height and width of the anomaly map in pixels, each at least 1. Plain numbers: `torch.compile` and
+  `torch.export` fix them, while batch and size of the maps may be dynamic.
 - quantiles: ``[st_start, st_end, ae_start, ae_end]``, finite, each end other than its start; None leaves the maps as
   they are.
-- border: zeros added to each side before the resize (4 with ``pad_maps``).
+- border: zeros added to each side before the resize (4 with ``pad_maps``), at most 65,536.
 - convention: ``"resized"`` pads and resizes the raw maps, then normalises and combines them; ``"native"``
   normalises and combines, then pads and resizes. They differ in the border alone.
 
@@ -46,6 +47,7 @@ from efficientad_fast.reference import maps
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CONVENTIONS = ("resized", "native")
+MOST_BORDER = 65536
 
 
 def result_dtype(map_st: Tensor, map_ae: Tensor) -> torch.dtype:
@@ -59,7 +61,7 @@ def check(
     """What every implementation in Python refuses; csrc/anomaly_map.h says the same for the compiled ones."""
     check_maps(map_st, map_ae)
     require_positive_size("anomaly_map", size)
-    require(border >= 0, "anomaly_map", "border", "at least 0", border)
+    require(0 <= border <= MOST_BORDER, "anomaly_map", "border", f"from 0 to {MOST_BORDER}", border)
     require(convention in CONVENTIONS, "anomaly_map", "convention", "'resized' or 'native'", repr(convention))
     if quantiles is not None:
         given = list(quantiles)

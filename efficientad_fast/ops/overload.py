@@ -15,6 +15,9 @@ from efficientad_fast.errors import InputError
 class Overload:
     """One overload of an operator.
 
+    Arguments that it writes into overlap neither each other nor any other argument, and do not require gradients:
+    autograd does not see that they are written.
+
     Attributes:
         reference: it in plain PyTorch, with the schema's arguments: the kernel where no other is there, and the
             oracle of the tests. Its results never alias its arguments.

@@ -5,7 +5,8 @@ Source: SPEC "Input". ``(resize(image) / 255 - mean) / std`` per channel. Two ov
 ``preprocess(image, size, *, resize="antialias", mean=[...], std=[...], channels_last=False, dtype=torch.float32)``
 
 - image: ``(N, H, W, 3)`` RGB, H and W at least 1, uint8, or float32 in [0, 1]; any strides. N may be 0.
-- size: height and width of the result in pixels, each at least 1.
+- size: height and width of the result in pixels, each at least 1. Plain numbers: `torch.compile` and `torch.export` fix
+  them.
 - resize: ``"antialias"``, bilinear on floats with antialiasing, or ``"pillow"``, Pillow's bilinear on 8-bit values, bit
   for bit (a float32 image is rounded to them first, halves to the even level).
 - mean, std: three numbers each, in units of [0, 1], finite, those of std not zero; ImageNet's by default.
