@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_close
-from tolerances import tolerance
+from tolerances import Tolerance, tolerance
 from torch import Tensor
 
 from efficientad_fast import ops
@@ -44,25 +44,39 @@ def measure(
     call: Callable[[Callable[..., Any], tuple[Tensor, ...]], None],
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
+    *,
+    constants: Sequence[Tensor] = (),
+    trusted: Callable[..., tuple[Tensor, ...]] | None = None,
+    rivals_tolerance: Tolerance | None = None,
 ) -> None:
-    """Times one runner on a workload, after checking its results against the composition in float64's tolerance.
+    """Times one runner on a workload, after checking its results against what is trusted.
 
     Args:
         runner: of `RUNNERS`.
         operator: its name in the catalogue; what is timed is its overload that writes into given outputs.
         workload: says sizes and batch; names the group with the operator and the device.
-        composition: what users write with PyTorch's own operators, from the inputs to the outputs.
+        composition: what users write with PyTorch's own operators, from the inputs and constants to the outputs.
         call: given the operator's overload and the tensors for its results, calls it.
         inputs, outputs: on the CPU; placed on the device here.
+        constants: likewise; what the composition's users make once. They are not among the bytes that are counted.
+        trusted: as the composition, for workloads in which that gives other numbers; else it is what is trusted.
+        rivals_tolerance: where it is, how far the composition's may be from the trusted ones; of ours the table says.
     """
     implementation, device = runner
     placed = [one.to(device) for one in inputs]
     results = tuple(torch.empty_like(one, device=device) for one in outputs)
-    run = _run(implementation, device, operator, composition, call, placed, results)
-    expected = composition(*placed)
+    given = [*placed, *(one.to(device) for one in constants)]
+    if implementation in RIVALS:
+        run = _run_rival(implementation, composition, given)
+    else:
+        run = _run(implementation, device, operator, call, placed, results)
+    expected = (trusted or composition)(*given)
     actual = run() or results
-    for one, trusted in zip(actual, expected, strict=True):
-        assert_close(one, trusted, tolerance(operator, one.dtype), f"{operator}, {implementation}")
+    for one, other in zip(actual, expected, strict=True):
+        allowed = tolerance(operator, one.dtype)
+        if implementation in RIVALS and rivals_tolerance is not None:
+            allowed = rivals_tolerance
+        assert_close(one, other, allowed, f"{operator}, {implementation}")
 
     moved = sum(one.numel() * one.element_size() for one in (*placed, *results))
     calls = 1
@@ -84,21 +98,24 @@ def measure(
     )
 
 
+def _run_rival(
+    implementation: str, composition: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]
+) -> Callable[[], tuple[Tensor, ...] | None]:
+    if implementation == "eager":
+        return lambda: composition(*given)
+    torch._dynamo.reset()
+    compiled = torch.compile(composition, dynamic=False)
+    return lambda: compiled(*given)
+
+
 def _run(
     implementation: str,
     device: str,
     operator: str,
-    composition: Callable[..., tuple[Tensor, ...]],
     call: Callable[[Callable[..., Any], tuple[Tensor, ...]], None],
     placed: Sequence[Tensor],
     results: tuple[Tensor, ...],
 ) -> Callable[[], tuple[Tensor, ...] | None]:
-    if implementation == "eager":
-        return lambda: composition(*placed)
-    if implementation == "compiled":
-        torch._dynamo.reset()
-        compiled = torch.compile(composition, dynamic=False)
-        return lambda: compiled(*placed)
     known: ops.Implementation = implementation  # type: ignore[assignment]
     ops.load()
     overload = f"{operator}.out"
