@@ -19,17 +19,19 @@ FRACTIONS = [0.9, 0.995]
 
 
 def composition(values: Tensor) -> tuple[Tensor]:
-    """With PyTorch's own operators: one selection serves both; ranks and interpolation are in float64.
+    """With PyTorch's own operators, the fastest found: each selection is made from what the one before left.
 
-    ``torch.quantile`` sorts, interpolates in float32, and takes no more than 2^24 numbers in some releases.
+    ``torch.quantile`` sorts, interpolates in float32, and takes no more than 2^24 numbers in some releases. A sorted
+    ``topk`` and ``kthvalue`` give the same numbers later.
     """
     last = values.numel() - 1
-    positions = [fraction * last for fraction in FRACTIONS]
-    largest = values.view(-1).topk(last - math.floor(positions[0]) + 1).values.double()
+    largest = values.view(-1)
     results = []
-    for position in positions:
+    for fraction in FRACTIONS:  # in ascending order
+        position = fraction * last
         low = math.floor(position)
-        lower, upper = largest[last - low], largest[last - min(low + 1, last)]
+        largest = largest.topk(last - low + 1, sorted=False).values
+        lower, upper = largest.topk(2, largest=False).values.double()
         along = position - low
         results.append(lower + (upper - lower) * along if along < 0.5 else upper - (upper - lower) * (1 - along))
     return (torch.stack(results).float(),)
