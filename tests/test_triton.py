@@ -5,6 +5,7 @@ The interpreter is chosen when a kernel is decorated, hence the processes of its
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from operator_cases import Case, cases, cases_module
 
 from efficientad_fast import ops
 from efficientad_fast.errors import InputError
@@ -91,6 +94,51 @@ def test_numbers_for_float64_arithmetic_are_passed_in_float64() -> None:
     for kernel, names in kernels.items():
         types = {parameter.name: parameter.annotation_type for parameter in kernel.params}
         assert {types[name] for name in names} == {"fp64"}
+
+
+# By kernel: a few for a mixture of dtypes and layouts, of which there are up to 16, for each shape of block or digit.
+MOST_COMPILATIONS = {
+    "anomaly_map": {"_resize_and_score": 18, "_normalise_and_combine": 18},
+    "preprocess": {"_antialias": 24, "_pillow": 24},
+    "quantile": {"_count_digits": 9, "_select_digit": 3, "_interpolate": 1, "_count": 6},
+}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled")
+@pytest.mark.parametrize("operator", MOST_COMPILATIONS)
+def test_few_compilations_serve_all_sizes(operator: str) -> None:
+    """Triton compiles a kernel again for an argument that is 1 or a multiple of 16, and the last one was not."""
+    from efficientad_fast.triton_kernels import launching
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    ops.load()
+    overloads = importlib.import_module(f"efficientad_fast.triton_kernels.{operator}").overloads
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    binders: dict[Any, Any] = {}
+    compiled: dict[str, set[str]] = {}
+
+    def record(case: Case) -> None:
+        args, kwargs = case.arguments()
+        with launching.recorded() as launches:
+            overloads[case.overload.partition(".")[2] or "default"](*args, **kwargs)
+        for one in launches:
+            kernel = one.kernel
+            if kernel not in binders:
+                binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+            _, specialisation, options = binders[kernel](**one.arguments, **one.options)
+            compiled.setdefault(kernel.__name__, set()).add(f"{specialisation} {options}")
+
+    for case in cases(operator):
+        record(case)
+    drawn = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    drawn(given(cases_module(operator).strategy())(record))()
+
+    counts = {name: len(keys) for name, keys in compiled.items()}
+    most = MOST_COMPILATIONS[operator]
+    assert counts.keys() == most.keys()
+    assert all(count <= most[name] for name, count in counts.items()), counts
 
 
 def test_launches_are_made_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,13 @@ def _first_output(row, length, target):
     return tl.where(row < 0, 0, (target * (2 * tl.maximum(row, 0) + 1) + length - 1) // (2 * length))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("height", "width", "out_height", "border", "samples", "pair_tiles", "column_tiles"),
+        *("st_stride_n", "st_stride_h", "ae_stride_n", "ae_stride_h"),
+    ],
+    do_not_specialize_on_alignment=["st_stride_w", "ae_stride_w"],  # only on being 1
+)
 def _resize_and_score(
     map_st_ptr,  # (N, 1, h, w), strided, floating
     map_ae_ptr,  # (N, 1, h, w), strided, floating
@@ -88,7 +94,7 @@ def _resize_and_score(
     height,
     width,
     out_height,
-    out_width,
+    out_width,  # by it Triton knows whether 16 bytes can be stored at once
     border,
     samples,  # most output rows between two feature rows
     pair_tiles,
@@ -203,7 +209,7 @@ def _normalise_element(value, quantiles_ptr, stride, DTYPE: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["st_quantiles_stride", "ae_quantiles_stride"])
 def _normalise_and_combine(
     map_st_ptr,  # count elements, contiguous, floating
     map_ae_ptr,  # count elements, contiguous, floating

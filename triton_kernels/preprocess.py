@@ -20,7 +20,15 @@ from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from .launching import launch, require_runnable, tiles
 
 TILE = 1024  # input pixels that a program reads at a time, some of them for several outputs
+PILLOW_TILE = 512  # likewise; its weights are in float64, and with more pixels registers are spilled
 MOST_TAPS = 8  # of them a side, for one output
+
+# Knowing that one of these is 1 or a multiple of 16 is worth no compilation of its own: pixels are gathered one by one.
+# Knowing that channels are beside each other is: it takes a quarter fewer registers.
+ANY_SIZES = [
+    *("height", "width", "out_height", "out_width", "row_taps", "column_taps", "column_tiles"),
+    *("stride_n", "stride_h", "stride_w", "out_stride_n", "out_stride_c", "out_stride_h", "out_stride_w"),
+]
 
 
 @triton.jit
@@ -32,7 +40,7 @@ def _antialias_start(position, length, target, widest):
     return first, ((2 * first + 1) * target - centre).to(tl.float32) / (2 * widest).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZES, do_not_specialize_on_alignment=["stride_c"])
 def _antialias(
     image_ptr,  # (N, H, W, 3), strided, uint8 or float32
     out_ptr,  # (N, 3, h, w), strided, floating
@@ -179,7 +187,7 @@ def _normalised(sum, mean, std):
     return tl.div_rn(unit - mean, tl.full(sum.shape, std, tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZES, do_not_specialize_on_alignment=["stride_c"])
 def _pillow(
     image_ptr,  # (N, H, W, 3), strided, uint8 or float32
     out_ptr,  # (N, 3, h, w), strided, floating
@@ -269,10 +277,10 @@ def _pillow(
     tl.store(result_ptr, _normalised(tl.sum(blue, axis=0), blue_mean, blue_std).to(dtype), mask=taken)
 
 
-def _blocks(row_taps: int, column_taps: int, out_width: int) -> dict[str, int]:
+def _blocks(tile: int, row_taps: int, column_taps: int) -> dict[str, int]:
     """The tile of input pixels: rows and columns for one output, and outputs beside each other."""
     row_block, column_block = (min(triton.next_power_of_2(taps), MOST_TAPS) for taps in (row_taps, column_taps))
-    columns = min(triton.next_power_of_2(out_width), TILE // (row_block * column_block))
+    columns = tile // (row_block * column_block)
     return {"BLOCK_ROW_TAPS": row_block, "BLOCK_COLUMN_TAPS": column_block, "BLOCK_COLUMNS": columns}
 
 
@@ -281,7 +289,7 @@ def _launch_antialias(image: Tensor, mean: Sequence[float], std: Sequence[float]
     out_height, out_width = out.shape[-2:]
     # Inputs strictly within a triangle twice as wide as one of them, or as one output where that is wider.
     row_taps, column_taps = (tiles(2 * max(scale), scale[1]) for scale in ((height, out_height), (width, out_width)))
-    blocks = _blocks(row_taps, column_taps, out_width)
+    blocks = _blocks(TILE, row_taps, column_taps)
     column_tiles = tiles(out_width, blocks["BLOCK_COLUMNS"])
     unit = 255.0 if image.dtype == torch.uint8 else 1.0
     launch(
@@ -305,7 +313,7 @@ def _launch_pillow(image: Tensor, mean: Sequence[float], std: Sequence[float], o
     out_height, out_width = out.shape[-2:]
     scales = (height / out_height, width / out_width)
     stretches = [max(scale, 1.0) for scale in scales]
-    blocks = _blocks(math.ceil(2 * stretches[0]), math.ceil(2 * stretches[1]), out_width)
+    blocks = _blocks(PILLOW_TILE, *(math.ceil(2 * stretch) for stretch in stretches))
     column_tiles = tiles(out_width, blocks["BLOCK_COLUMNS"])
     launch(
         _pillow,

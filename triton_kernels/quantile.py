@@ -104,7 +104,7 @@ def _position(first, second, index, count):
     return low, position - low.to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _select_digit(
     workspace_ptr,  # of the contract
     count,
@@ -131,7 +131,7 @@ def _select_digit(
     tl.store(_prefix_ptr(workspace_ptr, DIGIT, SLOTS, BINS) + slot, (prefix << BITS) | digit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "fractions"], do_not_specialize_on_alignment=["out_ptr"])
 def _interpolate(
     workspace_ptr,  # of the contract
     out_ptr,  # fractions numbers, float32
@@ -155,7 +155,7 @@ def _interpolate(
     tl.store(out_ptr + index, tl.where(nan, float("nan"), exact).to(tl.float32), mask=index < fractions)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix"])
 def _count(
     values_ptr,  # count numbers, contiguous, float32
     counts_ptr,  # (65536,), int64
