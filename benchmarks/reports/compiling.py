@@ -313,7 +313,8 @@ def _source(launch: Any) -> Any:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, torch.Tensor):
@@ -323,7 +324,7 @@ def _source(launch: Any) -> Any:
         else:
             signature[name] = parameter.annotation_type or "fp32"
         aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if aligned and name not in constants:
+        if aligned and specialised and not parameter.do_not_specialize_on_alignment and name not in constants:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 
