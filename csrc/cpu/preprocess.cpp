@@ -1,7 +1,8 @@
 // preprocess on the CPU. Both resizes are separable; each output row is made whole and leaves the cache once.
 //
 // antialias: vertical pass first, which streams over rows as they lie; then the horizontal one over 1 row in place of
-// many. pillow: horizontal pass first and rounded, as Pillow does it; its rows are kept while output rows share them.
+// many. pillow: horizontal pass first and rounded, as Pillow does it, for 16 rows at once, so that vectors run over rows;
+// they are kept while output rows share them.
 
 #include "preprocess.h"
 
@@ -24,6 +25,13 @@ namespace efficientad_fast {
 namespace {
 
 using preprocess::Settings;
+
+// Rows whose 8-bit levels are blended together: the bytes of a vector that every processor has.
+constexpr int kTogether = 16;
+
+constexpr int64_t whole_vectors(int64_t bytes) {
+  return (bytes + kTogether - 1) / kTogether * kTogether;
+}
 
 #define EFFICIENTAD_FAST_KERNEL "preprocess_kernel.h"
 #include "for_each_level.h"
@@ -89,8 +97,13 @@ struct Output {
       for (int64_t x = 0; x < width; ++x) {
         plane[x] = row[3 * x + channel];
       }
-      store_as(plane, data, dtype, ((image * 3 + channel) * height + y) * width, width);
+      store_plane(plane, image, channel, y);
     }
+  }
+
+  // `plane`: width floats of one channel of a row. For results that are not channels-last.
+  void store_plane(const float* plane, int64_t image, int64_t channel, int64_t y) const {
+    store_as(plane, data, dtype, ((image * 3 + channel) * height + y) * width, width);
   }
 };
 
@@ -140,34 +153,50 @@ void resize_pillow(const Source* source, int64_t images, int64_t height, int64_t
     }
   }
   torch::stable::parallel_for(0, images * out.height, kGrainRows, [&](int64_t begin, int64_t end) {
-    const int64_t out_count = 3 * out.width, kept = height == out.height ? 1 : rows.most;
-    std::vector<uint8_t> levels(3 * width), ring(kept * out_count), blended(out_count);
-    std::vector<int64_t> held(kept, -1);
-    std::vector<const uint8_t*> needed(kept);
-    std::vector<int32_t> sum(out_count);
+    const int64_t out_count = 3 * out.width, out_stride = whole_vectors(out_count);
+    // Rows at the new width, a group of neighbours at a time; enough groups for the taps of an output row.
+    const int64_t groups = height == out.height ? 1 : (rows.most + kTogether - 1) / kTogether + 1;
+    std::vector<uint8_t> ring(groups * kTogether * out_stride), levels, turned, narrow, blended(out_count);
+    if constexpr (!std::is_same_v<Source, uint8_t>) {
+      levels.resize(kTogether * 3 * width);
+    }
+    if (width != out.width) {
+      turned.resize(kTogether * 3 * width);
+      narrow.resize(kTogether * out_stride);
+    }
+    const int64_t groups_of_image = (height + kTogether - 1) / kTogether;
+    std::vector<int64_t> held(groups, -1);
+    std::vector<const uint8_t*> needed(rows.most);
     std::vector<float> result(out_count), plane(out.width);
 
-    // Row y of an image at the new width, from the ring or made now.
+    // Row y of an image at the new width, from the ring or made now with its neighbours.
     const auto narrowed = [&](int64_t image, int64_t y) -> const uint8_t* {
-      const int64_t number = image * height + y, slot = number % kept;
-      uint8_t* const row = ring.data() + slot * out_count;
+      const int64_t number = image * groups_of_image + y / kTogether, slot = number % groups;
+      uint8_t* const group = ring.data() + slot * kTogether * out_stride;
+      const uint8_t* const row = group + y % kTogether * out_stride;
       if (held[slot] == number) {
         return row;
       }
       held[slot] = number;
-      const Source* const from = source + number * width * 3;
-      const uint8_t* bytes;
-      if constexpr (std::is_same_v<Source, uint8_t>) {
-        bytes = from;
-      } else {
-        std::transform(from, from + 3 * width, levels.begin(), to_level);
-        bytes = levels.data();
+      const uint8_t* bytes[kTogether];
+      for (int64_t i = 0; i < kTogether; ++i) {
+        const int64_t one = std::min(y / kTogether * kTogether + i, height - 1);  // the last stands for those after it
+        const Source* const from = source + (image * height + one) * width * 3;
+        if constexpr (std::is_same_v<Source, uint8_t>) {
+          bytes[i] = from;
+        } else {
+          std::transform(from, from + 3 * width, levels.begin() + i * 3 * width, to_level);
+          bytes[i] = levels.data() + i * 3 * width;
+        }
       }
       if (width == out.width) {
-        std::copy_n(bytes, out_count, row);
+        for (int64_t i = 0; i < kTogether; ++i) {
+          std::copy_n(bytes[i], out_count, group + i * out_stride);
+        }
       } else {
-        EFFICIENTAD_FAST_DISPATCH(blend_byte_pixels, bytes, columns.first.data(), columns.count.data(),
-                                  columns.weight.data(), columns.most, out.width, row);
+        EFFICIENTAD_FAST_DISPATCH(blend_byte_pixels, bytes, width, columns.first.data(), columns.count.data(),
+                                  columns.weight.data(), columns.most, out.width, turned.data(), narrow.data(), group,
+                                  out_stride);
       }
       return row;
     };
@@ -182,13 +211,23 @@ void resize_pillow(const Source* source, int64_t images, int64_t height, int64_t
           needed[tap] = narrowed(image, rows.first[y] + tap);
         }
         EFFICIENTAD_FAST_DISPATCH(blend_bytes, needed.data(), rows.weight.data() + y * rows.most, rows.count[y],
-                                  out_count, sum.data(), blended.data());
+                                  out_count, blended.data());
         row = blended.data();
       }
-      for (int64_t i = 0; i < out_count; ++i) {
-        result[i] = normalised[(i % 3) * 256 + row[i]];
+      for (int64_t channel = 0; channel < 3; ++channel) {
+        const float* const of_level = normalised.data() + channel * 256;
+        float* const to = out.channels_last ? result.data() + channel : plane.data();
+        const int64_t step = out.channels_last ? 3 : 1;
+        for (int64_t x = 0; x < out.width; ++x) {
+          to[step * x] = of_level[row[3 * x + channel]];
+        }
+        if (!out.channels_last) {
+          out.store_plane(plane.data(), image, channel, y);
+        }
       }
-      out.store_row(result.data(), image, y, plane.data());
+      if (out.channels_last) {
+        out.store_row(result.data(), image, y, plane.data());
+      }
     }
   });
 }
