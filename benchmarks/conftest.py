@@ -53,8 +53,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"\n{group}")
         best = min((row["microseconds_a_call"] for row in rows if row["implementation"] in RIVALS), default=math.nan)
         for row in rows:
+            ratio = "" if math.isnan(best) else f"{best / row['microseconds_a_call']:.2f} x the faster PyTorch"
             terminalreporter.write_line(
-                f"  {row['implementation']:<10}{row['microseconds_a_call']:>12.1f} us a call"
-                f"{best / row['microseconds_a_call']:>8.2f} x the faster PyTorch"
+                f"  {row['implementation']:<10}{row['microseconds_a_call']:>12.1f} us a call{ratio:>29}"
                 f"{row['gigabytes_per_second']:>9.1f} GB/s (copying as much: {row['copy_gigabytes_per_second']:.1f})"
             )

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_close
 from operators import every_runner, measure
-from tolerances import Tolerance
+from PIL import Image
+from tolerances import Tolerance, tolerance
 from torch import Tensor
 
 from efficientad_fast.ops import preprocess as contract
@@ -69,3 +72,17 @@ def test_preprocess(benchmark: Any, runner: tuple[str, str], resize: str, batch:
         trusted=exact if resize == "pillow" else None,
         rivals_tolerance=A_LEVEL if resize == "pillow" else None,
     )
+
+
+def test_pillow_itself(benchmark: Any) -> None:
+    """What the ``pillow`` resize replaces, with the same bits: Pillow's resize, then PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 1024, 1024, 3), dtype=torch.uint8, generator=generator)
+
+    def run() -> Tensor:
+        resized = Image.fromarray(image[0].numpy()).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        return torch.addcmul(SHIFT, torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float(), SCALE)
+
+    assert_close(run(), *exact(image, SCALE, SHIFT), tolerance("preprocess", torch.float32), "Pillow")
+    benchmark.group = f"preprocess, 1024x1024 to {SIDE}x{SIDE}, pillow, batch 1, cpu"
+    benchmark.pedantic(run, rounds=100, iterations=1, warmup_rounds=10)
