@@ -15,6 +15,7 @@ import torch
 # The peers' networks and the comparison of numbers are the tests'.
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests")]
 
+# After the path, on which it lies.
 from operators import RIVALS  # noqa: E402
 
 

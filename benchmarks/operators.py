@@ -116,7 +116,7 @@ def _run(
     placed: Sequence[Tensor],
     results: tuple[Tensor, ...],
 ) -> Callable[[], tuple[Tensor, ...] | None]:
-    known: ops.Implementation = implementation  # type: ignore[assignment]
+    known: ops.Implementation = implementation
     ops.load()
     overload = f"{operator}.out"
     if known not in ops.implementations() or not ops.has_kernel(known, overload, device.upper()):

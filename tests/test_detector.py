@@ -310,6 +310,7 @@ def test_the_detectors_own_decoding_is_the_default(tmp_path: Path) -> None:
 
 def test_a_copied_or_pickled_detector_predicts_the_same(detector: Detector, folder: Path) -> None:
     expected = _one(detector.predict(folder / "0.png")).score
+    # Our own bytes: worker processes send detectors so.
     for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
         assert other._plans == {}
         assert _one(other.predict(folder / "0.png")).score == expected

@@ -150,7 +150,7 @@ def test_targets_of_another_run_are_kept_unless_told_otherwise(
     work, out = tmp_path / "work", tmp_path / "t.safetensors"
     build_target_cache(dataclasses.replace(images, synthetic=0), SETTINGS, work, _backbone)
     before = _files(work)
-    other = dataclasses.replace(SETTINGS, **change)  # type: ignore[arg-type]
+    other = dataclasses.replace(SETTINGS, **change)
     for resume in (False, True):
         with pytest.raises(InputError, match=named):
             distill(dataclasses.replace(images, synthetic=0), out, other, work=work, resume=resume)
@@ -218,7 +218,7 @@ def test_resuming_checks_only_images_without_targets(images: DistillImages, tmp_
         build_target_cache(images, SETTINGS, work, _backbone, _stop_at("targets", 1))
 
     def progress(*stage: object) -> None:
-        stages.append(stage)  # type: ignore[arg-type]
+        stages.append(stage)
         if stage[0] == "targets":
             raise KeyboardInterrupt
 

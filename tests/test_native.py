@@ -367,7 +367,7 @@ def work(index):
         for name in ops.implementations():
             if name != "cuda":
                 ops.load_implementation(name)
-    except BaseException as error:
+    except BaseException as error:  # whatever ends a thread is shown to the test
         errors.append(repr(error))
 threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
 [thread.start() for thread in threads]

@@ -46,7 +46,7 @@ class Runner:
         if self.implementation == "reference":
             return ops.overload(overload).reference
         if self.implementation != "public":
-            known: ops.Implementation = self.implementation  # type: ignore[assignment]
+            known: ops.Implementation = self.implementation
             if known not in ops.implementations():
                 reason = "Triton is not installed" if known == "triton" else native.why_not_built(known)
                 pytest.skip(f"no implementation {known}: {reason}")

@@ -703,7 +703,7 @@ def test_a_step_descends_the_sum_of_the_terms_computed_by_hand(augmented: bool, 
 
     optimiser = torch.optim.SGD([*pupil.parameters(), *autoencoder.parameters()], lr=0.1)
     student._take_steps(
-        teacher, pupil, autoencoder, optimiser, Batches(), settings, 0, (zero, one), lambda step: None,  # type: ignore[arg-type]
+        teacher, pupil, autoencoder, optimiser, Batches(), settings, 0, (zero, one), lambda step: None,
         student._Silent(),
     )  # fmt: skip
     # By hand, d hard / d st = 6 2 3, d penalty / d st = 1.5 2 22.5, d stae / d ae = 22.5 3.5 13.5, and for the

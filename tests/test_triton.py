@@ -23,7 +23,7 @@ from operator_cases import Case, cases, cases_module
 from efficientad_fast import ops
 from efficientad_fast.errors import InputError
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 # Every case's numbers and refusals. The interpreter is slow: how an operator treats its arguments, and what opcheck
 # looks at, is tried on a few cases, and the one with hundreds of taps only where there is a GPU.

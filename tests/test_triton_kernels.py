@@ -22,7 +22,7 @@ from efficientad_fast.reference.preprocess import preprocess as preprocess_one
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 GENERATOR = torch.Generator().manual_seed(3)
 FENCE = 97.0  # stands around what a kernel may write

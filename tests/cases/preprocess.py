@@ -120,7 +120,7 @@ def expected(
     out: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    height, width = size if out is None else out.shape[-2:]  # type: ignore[misc]
+    height, width = size if out is None else out.shape[-2:]
     images = [preprocess(one, (height, width), dtype=torch.float64, **options) for one in image.movedim(3, 1)]
     return (torch.stack(images) if images else torch.empty((0, 3, height, width), dtype=torch.float64),)
 
