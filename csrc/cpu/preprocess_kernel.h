@@ -144,7 +144,9 @@ inline void blend_byte_pixels(const uint8_t* const* rows, int64_t length, const 
       std::memcpy(&vectors[row], rows[row] + column, kTogether);
     }
     transpose(vectors);
-    std::memcpy(turned + column * kTogether, vectors, sizeof(vectors));
+    for (int i = 0; i < kTogether; ++i) {  // one by one: a wider load would wait for what was stored in parts
+      std::memcpy(turned + (column + i) * kTogether, &vectors[i], kTogether);
+    }
   }
   for (; column < count; ++column) {
     for (int row = 0; row < kTogether; ++row) {
@@ -157,7 +159,9 @@ inline void blend_byte_pixels(const uint8_t* const* rows, int64_t length, const 
     blend_levels(from, weight, taps[x], result + 3 * x * kTogether);
   }
   for (column = 0; column < out_count; column += kTogether) {  // `result` and `out` have room for whole vectors
-    std::memcpy(vectors, result + column * kTogether, sizeof(vectors));
+    for (int i = 0; i < kTogether; ++i) {
+      std::memcpy(&vectors[i], result + (column + i) * kTogether, kTogether);
+    }
     transpose(vectors);
     for (int row = 0; row < kTogether; ++row) {
       std::memcpy(out + row * out_stride + column, &vectors[row], kTogether);
