@@ -80,6 +80,18 @@ struct Taps {
   }
 };
 
+// (x / unit - mean) / std as one multiplication and addition. The fourth number is a vector's, which is not used.
+struct Folded {
+  float scale[4] = {}, shift[4] = {};
+
+  Folded(const Settings& settings, double unit) {
+    for (int channel = 0; channel < 3; ++channel) {
+      scale[channel] = static_cast<float>(1.0 / (unit * settings.std[channel]));
+      shift[channel] = static_cast<float>(-settings.mean[channel] / settings.std[channel]);
+    }
+  }
+};
+
 // Where results go, whatever their dtype and layout.
 struct Output {
   void* data;
@@ -111,13 +123,7 @@ template <typename Source>
 void resize_antialias(const Source* source, int64_t images, int64_t height, int64_t width, const Settings& settings,
                       const Output& out) {
   const Taps<float> rows(height, out.height), columns(width, out.width);
-  // (x / 255 - mean) / std as one multiplication and addition.
-  float scale[4] = {}, shift[4] = {};
-  for (int channel = 0; channel < 3; ++channel) {
-    const double unit = std::is_same_v<Source, uint8_t> ? 255.0 : 1.0;
-    scale[channel] = static_cast<float>(1.0 / (unit * settings.std[channel]));
-    shift[channel] = static_cast<float>(-settings.mean[channel] / settings.std[channel]);
-  }
+  const Folded folded(settings, std::is_same_v<Source, uint8_t> ? 255 : 1);
   torch::stable::parallel_for(0, images * out.height, kGrainRows, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(3 * width + 1 + 3 * out.width + 1 + out.width);
     float* const blended = buffer.data();
@@ -128,7 +134,7 @@ void resize_antialias(const Source* source, int64_t images, int64_t height, int6
       const Source* const top = source + (image * height + rows.first[y]) * width * 3;
       EFFICIENTAD_FAST_DISPATCH(blend_rows, top, rows.weight.data() + y * rows.most, rows.count[y], 3 * width, blended);
       EFFICIENTAD_FAST_DISPATCH(blend_pixels, blended, columns.first.data(), columns.count.data(), columns.weight.data(),
-                                columns.most, out.width, scale, shift, result);
+                                columns.most, out.width, folded.scale, folded.shift, result);
       out.store_row(result, image, y, plane);
     }
   });
@@ -143,15 +149,7 @@ template <typename Source>
 void resize_pillow(const Source* source, int64_t images, int64_t height, int64_t width, const Settings& settings,
                    const Output& out) {
   const Taps<int32_t> rows(height, out.height), columns(width, out.width);
-  // Of the 256 levels of each channel, in the arithmetic of the reference.
-  std::vector<float> normalised(3 * 256);
-  for (int channel = 0; channel < 3; ++channel) {
-    for (int level = 0; level < 256; ++level) {
-      const float unit = static_cast<float>(level) / 255.0f;
-      normalised[channel * 256 + level] =
-          (unit - static_cast<float>(settings.mean[channel])) / static_cast<float>(settings.std[channel]);
-    }
-  }
+  const Folded folded(settings, 255);
   torch::stable::parallel_for(0, images * out.height, kGrainRows, [&](int64_t begin, int64_t end) {
     const int64_t out_count = 3 * out.width, out_stride = whole_vectors(out_count);
     // Rows at the new width, a group of neighbours at a time; enough groups for the taps of an output row.
@@ -191,7 +189,11 @@ void resize_pillow(const Source* source, int64_t images, int64_t height, int64_t
       }
       if (width == out.width) {
         for (int64_t i = 0; i < kTogether; ++i) {
-          std::copy_n(bytes[i], out_count, group + i * out_stride);
+          for (int64_t channel = 0; channel < 3; ++channel) {
+            for (int64_t x = 0; x < width; ++x) {
+              group[i * out_stride + channel * width + x] = bytes[i][3 * x + channel];
+            }
+          }
         }
       } else {
         EFFICIENTAD_FAST_DISPATCH(blend_byte_pixels, bytes, width, columns.first.data(), columns.count.data(),
@@ -215,14 +217,14 @@ void resize_pillow(const Source* source, int64_t images, int64_t height, int64_t
         row = blended.data();
       }
       for (int64_t channel = 0; channel < 3; ++channel) {
-        const float* const of_level = normalised.data() + channel * 256;
-        float* const to = out.channels_last ? result.data() + channel : plane.data();
-        const int64_t step = out.channels_last ? 3 : 1;
-        for (int64_t x = 0; x < out.width; ++x) {
-          to[step * x] = of_level[row[3 * x + channel]];
-        }
+        EFFICIENTAD_FAST_DISPATCH(scale_levels, row + channel * out.width, out.width, folded.scale[channel],
+                                  folded.shift[channel], plane.data());
         if (!out.channels_last) {
           out.store_plane(plane.data(), image, channel, y);
+          continue;
+        }
+        for (int64_t x = 0; x < out.width; ++x) {
+          result[3 * x + channel] = plane[x];
         }
       }
       if (out.channels_last) {

@@ -99,10 +99,10 @@ inline void transpose(Bytes* __restrict__ vectors) {
   deal(dealt, vectors);
 }
 
-// A pixel of 16 rows: out = sum over taps of weights[tap] * from, three channels of 16 levels each, to 8 bits. Weights are
-// not negative. By itself, and with three arrays, for compilers keep these in registers so, and not where it is inlined.
+// A pixel of 16 rows: out = sum over taps of weights[tap] * from, three channels of 16 levels each, to 8 bits, which
+// lie `plane` apart in `out`. Weights are not negative. By itself, and with three arrays, for compilers keep these in registers so, and not where it is inlined.
 __attribute__((noinline)) inline void blend_levels(const uint8_t* __restrict__ from, const int32_t* __restrict__ weights,
-                                                   int32_t taps, uint8_t* __restrict__ out) {
+                                                   int32_t taps, uint8_t* __restrict__ out, int64_t plane) {
   int32_t red[kTogether], green[kTogether], blue[kTogether];
   for (int row = 0; row < kTogether; ++row) {
     red[row] = green[row] = blue[row] = 1 << 21;
@@ -124,15 +124,16 @@ __attribute__((noinline)) inline void blend_levels(const uint8_t* __restrict__ f
     out[row] = static_cast<uint8_t>(red[row] >> 22 > 255 ? 255 : red[row] >> 22);
   }
   for (int row = 0; row < kTogether; ++row) {
-    out[kTogether + row] = static_cast<uint8_t>(green[row] >> 22 > 255 ? 255 : green[row] >> 22);
+    out[plane + row] = static_cast<uint8_t>(green[row] >> 22 > 255 ? 255 : green[row] >> 22);
   }
   for (int row = 0; row < kTogether; ++row) {
-    out[2 * kTogether + row] = static_cast<uint8_t>(blue[row] >> 22 > 255 ? 255 : blue[row] >> 22);
+    out[2 * plane + row] = static_cast<uint8_t>(blue[row] >> 22 > 255 ? 255 : blue[row] >> 22);
   }
 }
 
 // The same in 8 bits, as blend_bytes, for 16 rows at once: a tap has one weight for all of them. `turned` has room for
-// 3 * length vectors and `result` for those of 3 * width; rows of `out` are `out_stride` apart, a multiple of 16.
+// 3 * length vectors and `result` for those of 3 * width; rows of `out` are `out_stride` apart, a multiple of 16, and hold
+// one channel after the other, so that what follows runs over neighbours.
 inline void blend_byte_pixels(const uint8_t* const* rows, int64_t length, const int64_t* __restrict__ first,
                               const int32_t* __restrict__ taps, const int32_t* __restrict__ weights, int64_t stride,
                               int64_t width, uint8_t* turned, uint8_t* result, uint8_t* out, int64_t out_stride) {
@@ -156,7 +157,7 @@ inline void blend_byte_pixels(const uint8_t* const* rows, int64_t length, const 
   for (int64_t x = 0; x < width; ++x) {
     const uint8_t* __restrict__ from = turned + 3 * first[x] * kTogether;
     const int32_t* weight = weights + x * stride;
-    blend_levels(from, weight, taps[x], result + 3 * x * kTogether);
+    blend_levels(from, weight, taps[x], result + x * kTogether, width * kTogether);
   }
   for (column = 0; column < out_count; column += kTogether) {  // `result` and `out` have room for whole vectors
     for (int i = 0; i < kTogether; ++i) {
@@ -166,5 +167,13 @@ inline void blend_byte_pixels(const uint8_t* const* rows, int64_t length, const 
     for (int row = 0; row < kTogether; ++row) {
       std::memcpy(out + row * out_stride + column, &vectors[row], kTogether);
     }
+  }
+}
+
+// out = scale * levels + shift, over contiguous elements.
+inline void scale_levels(const uint8_t* __restrict__ levels, int64_t count, float scale, float shift,
+                         float* __restrict__ out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = scale * static_cast<float>(levels[i]) + shift;
   }
 }
