@@ -5,6 +5,8 @@
 # make kernel-report  compile every GPU kernel and print registers, spills, shared memory; needs no GPU
 # make gpu-check  every operator's tests and benchmarks on this machine's GPU, without a network; WHEEL=FILE takes
 #              libraries built elsewhere. Without a GPU it runs what can be run
+# make sanitize  build the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer (GCC) beside the normal one,
+#              and run the operators' tests with it
 # make clean   remove what was built (the environment stays, and is completed by the next make)
 #
 # Settings, on the command line or in the environment:
@@ -37,7 +39,7 @@ SETTINGS := $(VENV)/.settings
 BUILD_INPUTS := setup.py build_backend.py pyproject.toml efficientad_fast/ops/schemas.inc \
                 $(shell find csrc -type f)
 
-.PHONY: help demo test lint bench kernel-report gpu-check clean FORCE
+.PHONY: help demo test lint bench kernel-report gpu-check sanitize clean FORCE
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -67,6 +69,20 @@ gpu-check:
 	  $(MAKE) $(TESTS); python=$(BIN)/python; \
 	fi; \
 	set -x; $$python -m benchmarks.gpu_check $(if $(WHEEL),--wheel $(WHEEL))
+
+# What is preloaded must come before all that allocates or throws. Leaks are not looked for: Python and PyTorch keep
+# memory until the end by design. pytest must not hold back what a process says that ends here.
+SANITIZED := $(CURDIR)/build/sanitize
+SANITIZED_TESTS := $(addprefix tests/test_,operators.py native.py preprocess.py quantile.py maps.py plan.py detector.py)
+
+sanitize: $(TESTS)
+	EFFICIENTAD_FAST_BUILD=cpu EFFICIENTAD_FAST_SANITIZE=address,undefined,float-cast-overflow $(BIN)/python setup.py \
+	  --quiet build_ext --build-temp $(SANITIZED) --build-lib $(SANITIZED) build_info --build-lib $(SANITIZED)
+	cxx=$${CXX:-c++}; \
+	LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTEST_ADDOPTS='--capture=sys -p no:faulthandler' \
+	EFFICIENTAD_FAST_LIBRARIES=$(SANITIZED)/efficientad_fast \
+	  $(BIN)/python -m pytest -q -k 'not cpu-reference' $(SANITIZED_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

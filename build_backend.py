@@ -1,6 +1,6 @@
 """The build backend: setuptools' own, asking for PyTorch only when something will be compiled.
 
-Two environment variables steer the build; both are read and checked here, for setup.py too:
+Three environment variables steer the build; all are read and checked here, for setup.py too:
 
 EFFICIENTAD_FAST_BUILD
     ``auto`` (default) compiles what this machine allows and says what it left out and why; ``cpu`` and ``cuda``
@@ -8,6 +8,9 @@ EFFICIENTAD_FAST_BUILD
 EFFICIENTAD_FAST_CUDA_ARCHS
     Architectures of the CUDA library, such as ``8.0,8.6,9.0+PTX``. ``+PTX`` adds code that later GPUs compile
     for themselves.
+EFFICIENTAD_FAST_SANITIZE
+    Sanitizers to compile the CPU library with, such as ``address,undefined``; nothing else is built then. A finding
+    ends the process. ``make sanitize`` builds into a folder of its own and runs the tests with it.
 
 Nothing here imports PyTorch or asks for a GPU: compilers decide, not the machine that compiles.
 """
@@ -45,7 +48,9 @@ __all__ = [
 
 BUILD_VARIABLE = "EFFICIENTAD_FAST_BUILD"
 ARCHS_VARIABLE = "EFFICIENTAD_FAST_CUDA_ARCHS"
+SANITIZE_VARIABLE = "EFFICIENTAD_FAST_SANITIZE"
 MODES = ("auto", "none", "cpu", "cuda")
+SANITIZERS = ("address", "undefined", "float-cast-overflow")
 MINIMUM_TORCH = (2, 11)
 NATIVE_REQUIREMENTS = [f"torch>={MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}", "ninja", "pybind11"]
 
@@ -64,6 +69,15 @@ def build_mode(environ: Mapping[str, str] = os.environ) -> str:
     if mode not in MODES:
         raise SystemExit(f"{BUILD_VARIABLE}={mode!r} is not known: use one of {', '.join(MODES)}.")
     return mode
+
+
+def requested_sanitizers(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The words of EFFICIENTAD_FAST_SANITIZE, none where it is not set; ends the build if one is not of SANITIZERS."""
+    words = tuple(word for word in re.split(r"[\s,]+", environ.get(SANITIZE_VARIABLE, "")) if word)
+    unknown = [word for word in words if word not in SANITIZERS]
+    if unknown:
+        raise SystemExit(f"{SANITIZE_VARIABLE}: {unknown[0]!r} is not known: use some of {', '.join(SANITIZERS)}.")
+    return words
 
 
 @dataclass(frozen=True)

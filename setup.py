@@ -33,10 +33,15 @@ TITLES = {"extension": "module _C", "cpu": "CPU library", "cuda": "CUDA library"
 FILES = {"extension": "_C", "cpu": "libefficientad_fast_cpu", "cuda": "libefficientad_fast_cuda"}
 # The first release whose stable ABI the sources use; libraries built with later headers load there too.
 TARGET = f"-DTORCH_TARGET_VERSION=0x{backend.MINIMUM_TORCH[0]:02x}{backend.MINIMUM_TORCH[1]:02x}000000000000"
-CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", TARGET]
 
 MODE = backend.build_mode()
 REQUESTED_ARCHITECTURES = backend.requested_architectures()
+SANITIZERS = [f"-fsanitize={one}" for one in backend.requested_sanitizers()]
+OPTIMIZE = ["-O3", "-g0"]
+if SANITIZERS:
+    # Python's own flags may have integers wrap, which is then no finding.
+    OPTIMIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS, "-fno-sanitize-recover=all"]
+CXX_FLAGS = [*OPTIMIZE, "-fvisibility=hidden", TARGET]
 
 left_out: dict[str, str] = {}
 architectures: list[str] = []
@@ -51,6 +56,9 @@ def first_choice() -> list[str]:
     if MODE == "none":
         wanted = []
         reason = f"{backend.BUILD_VARIABLE}=none was set when it was installed"
+    elif SANITIZERS:
+        wanted = ["cpu"]
+        reason = f"{backend.SANITIZE_VARIABLE} was set when it was built, which is for the CPU library alone"
     elif MODE == "auto" and backend.find_cxx() is None:
         wanted = []
         reason = "no C++ compiler was found when it was installed (CXX, or c++ on PATH)"
@@ -179,6 +187,7 @@ class build_ext(torch.utils.cpp_extension.BuildExtension if torch else _build_ex
         extension.library_dirs += torch.utils.cpp_extension.library_paths()
         extension.libraries += ["torch_cpu", "c10"]
         extension.extra_compile_args = {"cxx": list(CXX_FLAGS)}
+        extension.extra_link_args += SANITIZERS
 
     def prepare_cuda(self, extension: Extension) -> None:
         path = backend.find_nvcc()
@@ -214,7 +223,7 @@ class build_ext(torch.utils.cpp_extension.BuildExtension if torch else _build_ex
 class build_info(Command):
     """Writes what was built and why the rest was not, and removes libraries of an earlier build."""
 
-    user_options: ClassVar[list[Any]] = []
+    user_options: ClassVar[list[Any]] = [("build-lib=", "b", "folder that the package was built in")]
     editable_mode = False
 
     def initialize_options(self) -> None:

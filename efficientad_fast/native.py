@@ -3,6 +3,9 @@
 Importing this loads nothing. The first call that needs a library loads it, and says what is missing and what to
 do if that fails. What was built, and why the rest was not, is read from ``build_info.json``, which the build
 writes into the package; a source tree that was never built has none.
+
+EFFICIENTAD_FAST_LIBRARIES names a folder whose ``build_info.json`` and libraries are taken in place of the package's,
+such as the one that ``make sanitize`` builds.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +27,7 @@ from efficientad_fast.errors import BackendError
 Library = Literal["cpu", "cuda"]
 
 MINIMUM_TORCH = (2, 11)
+LIBRARIES_VARIABLE = "EFFICIENTAD_FAST_LIBRARIES"
 
 _PACKAGE = Path(__file__).resolve().parent
 _DISTRIBUTION = "efficientad-fast"
@@ -39,12 +44,17 @@ def build_info() -> dict[str, Any] | None:
     reason).
 
     Raises:
-        BackendError: the file is there and cannot be read.
+        BackendError: the file is there and cannot be read, or is not in the folder that was named for it.
     """
-    path = _PACKAGE / "build_info.json"
+    path = _folder() / "build_info.json"
     try:
         info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if os.environ.get(LIBRARIES_VARIABLE):
+            raise BackendError(
+                f"{LIBRARIES_VARIABLE} must name a folder with a build_info.json, got {path.parent}; "
+                "build into it, or unset the variable."
+            ) from error
         return None
     except (OSError, ValueError) as error:
         raise BackendError(f"{path} cannot be read ({error}); install efficientad-fast again.") from error
@@ -72,7 +82,7 @@ def library_path(name: Library) -> Path:
         BackendError: it was not built, or its file is gone.
     """
     _require(name)
-    path = _PACKAGE / f"libefficientad_fast_{name}.so"
+    path = _folder() / f"libefficientad_fast_{name}.so"
     if not path.is_file():
         raise BackendError(f"The {_TITLES[name]} was built but {path} is gone; install efficientad-fast again.")
     return path
@@ -151,6 +161,10 @@ def extension() -> ModuleType:
             f"The module _C does not import: {error}. It was built for Python {info.get('python')}; install "
             "efficientad-fast again with the Python that runs it."
         ) from error
+
+
+def _folder() -> Path:
+    return Path(os.environ.get(LIBRARIES_VARIABLE) or _PACKAGE)
 
 
 def _require(name: Library | Literal["extension"]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ needs_cuda_library = pytest.mark.skipif(
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package folder to put build information and libraries into, with no other installed."""
+    monkeypatch.delenv(native.LIBRARIES_VARIABLE, raising=False)
     monkeypatch.setattr(native, "_PACKAGE", tmp_path)
     monkeypatch.setattr(native.importlib.metadata, "distributions", lambda **_: [])
     caches = (native.build_info, native.load, native.extension)
@@ -63,11 +65,20 @@ def write_info(package: Path, **changes: Any) -> None:
 
 
 def run_python(code: str, folder: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh Python without editable installs, in `folder`, with `paths` first on its path."""
+    """Runs code in a fresh Python without editable installs, in `folder`, with `paths` first on its path.
+
+    Libraries are looked for in the package that is found there.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != native.LIBRARIES_VARIABLE}
     site_packages = [entry for entry in sys.path if "site-packages" in entry]
     lines = [f"import sys; sys.path[:] = {[str(p) for p in paths]!r} + sys.path + {site_packages!r}", code]
     return subprocess.run(
-        [sys.executable, "-S", "-c", "\n".join(lines)], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-S", "-c", "\n".join(lines)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -109,6 +120,20 @@ def test_damaged_build_info_is_reported(package: Path) -> None:
         native.build_info()
 
 
+def test_another_folder_of_libraries_is_taken_and_must_have_them(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = package / "other"
+    other.mkdir()
+    monkeypatch.setenv("EFFICIENTAD_FAST_LIBRARIES", str(other))
+    with pytest.raises(BackendError, match=r"LIBRARIES must name a folder with a build_info.json, got"):
+        native.is_built("cpu")
+    write_info(other, built=["cpu"], left_out={"extension": "off", "cuda": "off"})
+    (other / "libefficientad_fast_cpu.so").touch()
+    assert native.library_path("cpu") == other / "libefficientad_fast_cpu.so"
+    assert not native.is_built("cuda")
+
+
 def test_an_old_pytorch_is_told_what_is_needed(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_info(package)
     (package / "libefficientad_fast_cpu.so").touch()
@@ -123,6 +148,16 @@ def test_the_cuda_library_needs_a_cuda_build(package: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(BackendError, match="needs a CUDA build of PyTorch"):
         native.load("cuda")
+
+
+def test_sanitizers_of_a_build_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PACKAGE.parent))
+    backend = importlib.import_module("build_backend")
+    asked = {"EFFICIENTAD_FAST_SANITIZE": "address, undefined"}
+    assert backend.requested_sanitizers(asked) == ("address", "undefined")
+    assert backend.requested_sanitizers({}) == ()
+    with pytest.raises(SystemExit, match=r"'memory' is not known: use some of address, undefined"):
+        backend.requested_sanitizers({"EFFICIENTAD_FAST_SANITIZE": "address,memory"})
 
 
 def test_importing_loads_and_probes_nothing() -> None:
@@ -221,6 +256,16 @@ def test_identity_exports() -> None:
 def test_a_cpu_kernel_refuses_what_is_not_dense() -> None:
     with pytest.raises(NotImplementedError, match="efficientad_fast_cpu::identity"):
         torch.ops.efficientad_fast_cpu.identity(torch.eye(2).to_sparse())
+
+
+@needs_cpu_library
+def test_nan_is_black_where_there_are_levels_only() -> None:
+    """Pillow's resize is of 8-bit levels, of which none stands for NaN; converting one is undefined in C++."""
+    image = torch.rand(1, 9, 20, 3)
+    black = image.clone()
+    image[0, 2:5], black[0, 2:5] = torch.nan, 0
+    results = [torch.ops.efficientad_fast_cpu.preprocess(one, [5, 7], resize="pillow") for one in (image, black)]
+    assert torch.equal(*results)
 
 
 def test_the_operators_exist_without_a_library(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ void resize_antialias(const Source* source, int64_t images, int64_t height, int6
 
 uint8_t to_level(float value) {
   const double level = std::nearbyint(static_cast<double>(value) * 255.0);
-  return static_cast<uint8_t>(std::min(std::max(level, 0.0), 255.0));
+  return static_cast<uint8_t>(level > 0 ? std::min(level, 255.0) : 0.0);  // 0 for NaN, which no level stands for
 }
 
 template <typename Source>
