@@ -1,27 +1,40 @@
 """From a detector's weights to what a backend runs.
 
 A plan is built once for a device and a dtype; it decides and packs then, so that running a batch decides nothing.
-Backends implement :class:`Plan`; :func:`build_plan` chooses one.
+:class:`ReferencePlan` runs the networks as they are, :class:`OperatorPlan` as kernels; :func:`build_plan` chooses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from efficientad_fast import ops
+from efficientad_fast import native, ops
 from efficientad_fast.errors import BackendError, InputError
+from efficientad_fast.ops import autoencoder
 from efficientad_fast.reference import maps
 from efficientad_fast.reference.maps import MapConvention, Quantiles
-from efficientad_fast.reference.networks import FEATURE_BORDER
+from efficientad_fast.reference.networks import (
+    FEATURE_BORDER,
+    Autoencoder,
+    Decoder,
+    PatchDescriptionNetwork,
+    feature_size,
+    require_admitted_size,
+)
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "operators", "reference"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -176,6 +189,324 @@ class ReferencePlan(Plan):
         ]
 
 
+class Step(NamedTuple):
+    """One operator of a prediction, bound to its buffers.
+
+    Attributes:
+        layer: what it computes, such as ``conv2`` or ``map_st``.
+        inputs: the activations that it reads.
+        packed: its weights.
+        out: what it writes.
+        run: does it.
+    """
+
+    layer: str
+    inputs: tuple[Tensor, ...]
+    packed: Sequence[Tensor]
+    out: Tensor
+    run: Callable[[], None]
+
+
+class _Parameters(NamedTuple):
+    """Of a convolution, in float64, in which they are folded."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def of(network: nn.Module, name: str) -> _Parameters:
+        convolution = network.get_submodule(name)
+        assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
+        return _Parameters(convolution.weight.detach().double(), convolution.bias.detach().double())
+
+    @property
+    def kernel_size(self) -> int:
+        return self.weight.shape[-1]
+
+    def outputs(self, chosen: slice) -> _Parameters:
+        return _Parameters(self.weight[chosen], self.bias[chosen])
+
+    def normalised(self, mean: Tensor, std: Tensor) -> _Parameters:
+        """With which the convolution's output is ``(output - mean) / std``."""
+        mean, std = mean.detach().double().flatten(), std.detach().double().flatten()
+        return _Parameters(self.weight / std[:, None, None, None], (self.bias - mean) / std)
+
+
+class _Convolution:
+    """A convolution with ReLU, and perhaps pooling, of the patch description networks."""
+
+    def __init__(self, parameters: _Parameters, *, padding: int, pool: bool, pool_padding: int, groups: int) -> None:
+        algorithm = ops.cpu_algorithm("conv_pool", parameters.kernel_size, parameters.weight.shape[1])
+        self.packed = torch.ops.efficientad_fast.conv_pool.pack(
+            parameters.weight.float(), groups=groups, algorithm=algorithm
+        )
+        self.bias = parameters.bias.float()
+        self.settings = {
+            "kernel_size": parameters.kernel_size,
+            "padding": padding,
+            "relu": True,
+            "pool": pool,
+            "pool_padding": pool_padding,
+            "groups": groups,
+        }
+
+    def shape(self, images: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Of what it makes of images of that size."""
+        settings = self.settings
+        sides = (side + 2 * settings["padding"] - settings["kernel_size"] + 1 for side in (height, width))
+        if settings["pool"]:
+            sides = ((side + 2 * settings["pool_padding"]) // 2 for side in sides)
+        height, width = sides
+        return images, len(self.bias), height, width
+
+    def step(self, layer: str, image: Tensor, out: Tensor, workspace: Tensor) -> Step:
+        run = partial(
+            torch.ops.efficientad_fast.conv_pool.out,
+            image,
+            self.packed,
+            self.bias,
+            **self.settings,
+            out=out,
+            workspace=workspace,
+        )
+        return Step(layer, (image,), [self.packed], out, run)
+
+
+class _Distance:
+    """The mean square of the difference of two convolutions, of which the first is padded by ``padding``."""
+
+    def __init__(self, first: _Parameters, second: _Parameters, *, padding: int = 0) -> None:
+        self.settings = {
+            "channels": len(first.bias),
+            "kernel_first": first.kernel_size,
+            "kernel_second": second.kernel_size,
+            "padding_first": padding,
+        }
+        kernels = (first.kernel_size, second.kernel_size)
+        # A 1x1 kernel gains nothing from being filtered as a larger one.
+        filtered = 1 if 1 in kernels else max(kernels)
+        self.packed = torch.ops.efficientad_fast.feature_distance.pack(
+            first.weight.float(),
+            second.weight.float(),
+            algorithm=ops.cpu_algorithm("feature_distance", filtered, first.weight.shape[1]),
+        )
+        self.bias = (first.bias - second.bias).float()
+
+    def step(self, layer: str, first: Tensor, second: Tensor, out: Tensor, workspace: Tensor) -> Step:
+        run = partial(
+            torch.ops.efficientad_fast.feature_distance.out,
+            first,
+            second,
+            self.packed,
+            self.bias,
+            **self.settings,
+            out=out,
+            workspace=workspace,
+        )
+        return Step(layer, (first, second), [self.packed], out, run)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The steps of a prediction for one shape of batch, with their buffers: for one thread at a time.
+
+    Attributes:
+        distance: map_st, as it was when the steps were made.
+    """
+
+    distance: _Distance
+    image: Tensor
+    map_st: Tensor
+    map_ae: Tensor
+    workspace: Tensor
+    steps: list[Step]
+
+
+class OperatorPlan(Plan):
+    """The networks as operators of the catalogue: weights folded, stacked and packed once, buffers kept.
+
+    Teacher and student go through their convolutions together: the stems see one image, and what follows runs as two
+    groups. Their last convolutions are linear and only differences of them are used, so that each map is one
+    convolution over both inputs, with weights ``[W_T / std, -W_S]``, whose outputs are squared and averaged and never
+    written.
+
+    Args:
+        source: networks of the classes in `efficientad_fast.reference.networks`.
+    """
+
+    def __init__(self, source: PlanInput, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(source, device, dtype)
+        ops.load()
+        teacher, student = source.teacher, source.student
+        assert isinstance(teacher, PatchDescriptionNetwork)
+        self._padded = teacher.padding
+        *hidden, last = (name for name, layer in teacher.named_children() if isinstance(layer, nn.Conv2d))
+        self._stages = {
+            name: self._stage(_Parameters.of(teacher, name), _Parameters.of(student, name), index)
+            for index, name in enumerate(hidden)
+        }
+        self._autoencoder, self._autoencoder_biases = self._pack_autoencoder(source.autoencoder)
+        self._teacher_last, student_last = _Parameters.of(teacher, last), _Parameters.of(student, last)
+        half = len(self._teacher_last.bias)
+        self._student_last = student_last.outputs(slice(half))
+        decoded = _Parameters.of(source.autoencoder, "decoder.deconv8")
+        self._map_ae = _Distance(decoded, student_last.outputs(slice(half, None)), padding=1)
+        self._lock = threading.Lock()
+        # Drop-in callers pass statistics each time; what was folded and packed for the last ones is kept.
+        self._statistics = (source.teacher_mean, source.teacher_std)
+        self._folded: tuple[tuple[Tensor | None, Tensor | None], _Distance] | None = None
+        self._map_st(self._statistics)
+        self._free: OrderedDict[tuple[int, int, int, int], list[_Bound]] = OrderedDict()
+
+    @torch.no_grad()
+    def raw_maps(self, batch: Tensor, *, statistics: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        with self._bound(batch, statistics) as bound:
+            for step in bound.steps:
+                step.run()
+            return bound.map_st.clone(), bound.map_ae.clone()
+
+    @contextlib.contextmanager
+    def steps(self, batch: Tensor) -> Iterator[list[Step]]:
+        """The operators of one prediction, in order, with ``batch`` in their buffers: for who wants to time them."""
+        with self._bound(batch, None) as bound:
+            yield bound.steps
+
+    def memory(self, batch: Tensor) -> dict[str, int]:
+        """Bytes of ``packed`` weights, and of the ``workspace`` and activations that such a batch takes beside them."""
+        with self._bound(batch, None) as bound:
+            packed = {one.data_ptr(): one for step in bound.steps for one in step.packed}
+            used = {one.untyped_storage().data_ptr(): one for step in bound.steps for one in (*step.inputs, step.out)}
+            return {
+                "packed": sum(one.nbytes for one in packed.values()),
+                "workspace": bound.workspace.nbytes + sum(one.untyped_storage().nbytes() for one in used.values()),
+            }
+
+    def _stage(self, teacher: _Parameters, student: _Parameters, index: int) -> list[_Convolution]:
+        """Both networks' convolution ``index``: as one where their shapes are equal."""
+        pool, padding = index < 2, 0
+        if self._padded and (pool or teacher.kernel_size == 3):
+            padding = teacher.kernel_size - 1 if pool else 1
+        make = partial(_Convolution, padding=padding, pool=pool, pool_padding=int(pool and self._padded))
+        if teacher.weight.shape != student.weight.shape:
+            return [make(teacher, groups=1), make(student, groups=1)]
+        stacked = _Parameters(*(torch.cat(pair) for pair in zip(teacher, student, strict=True)))
+        return [make(stacked, groups=1 if index == 0 else 2)]
+
+    def _pack_autoencoder(self, network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        encoder = [_Parameters.of(network, f"encoder.enconv{layer}") for layer in range(1, 7)]
+        decoder = [_Parameters.of(network, f"decoder.deconv{layer}") for layer in range(1, 8)]
+        sizes = [*Decoder.step_sizes(self.size), feature_size(self.size, padding=self._padded)]
+        algorithms = ["direct"] * 6 + [
+            ops.cpu_algorithm("autoencoder", one.kernel_size, one.weight.shape[1], outputs=height * width)
+            for one, (height, width) in zip(decoder, sizes, strict=True)
+        ]
+        packed = [
+            torch.ops.efficientad_fast.conv_pool.pack(one.weight.float(), algorithm=algorithm)
+            for one, algorithm in zip([*encoder, *decoder], algorithms, strict=True)
+        ]
+        return packed, [one.bias.float() for one in [*encoder, *decoder]]
+
+    def _map_st(self, statistics: tuple[Tensor | None, Tensor | None]) -> _Distance:
+        """For those teacher statistics; packed again only when their values differ from the last ones."""
+        with self._lock:
+            if self._folded is not None and all(map(_is_same, self._folded[0], statistics)):
+                return self._folded[1]
+            mean, std = statistics
+            teacher = self._teacher_last
+            if mean is not None and std is not None:
+                teacher = teacher.normalised(mean, std)
+            made = _Distance(teacher, self._student_last)
+            kept = (None if mean is None else mean.detach().clone(), None if std is None else std.detach().clone())
+            self._folded = (kept, made)
+            return made
+
+    @contextlib.contextmanager
+    def _bound(self, batch: Tensor, statistics: tuple[Tensor, Tensor] | None) -> Iterator[_Bound]:
+        """The steps for such a batch, with it in their buffers; those of the shapes used last are kept for the next."""
+        distance = self._map_st(self._statistics if statistics is None else statistics)
+        images, _, height, width = batch.shape
+        require_admitted_size(height, width)
+        key = (images, height, width, torch.get_num_threads())
+        with self._lock:
+            free = self._free.pop(key, [])
+            self._free[key] = free
+            while len(self._free) > _SHAPES_KEPT:
+                self._free.popitem(last=False)
+            bound = free.pop() if free else None
+        if bound is None or bound.distance is not distance:
+            bound = self._bind(key, distance)
+        bound.image.copy_(batch)
+        yield bound
+        with self._lock:
+            if key in self._free:
+                self._free[key].append(bound)
+
+    def _bind(self, key: tuple[int, int, int, int], distance: _Distance) -> _Bound:
+        images, height, width, threads = key
+        features = feature_size((height, width), padding=self._padded)
+        channels = [len(bias) for bias in self._autoencoder_biases]
+        workspace = torch.empty(threads, autoencoder.workspace_size((height, width), features, channels))
+        image = _channels_last(images, 3, height, width)
+        hidden = _channels_last(images, channels[-1], *features)
+        map_st, map_ae = torch.empty(images, 1, *features), torch.empty(images, 1, *features)
+
+        written = []  # shapes, by stage
+        size = (height, width)
+        for stage in self._stages.values():
+            written.append([one.shape(images, *size) for one in stage])
+            size = written[-1][0][2:]
+        # A stage reads one of two buffers and writes to the other.
+        buffers = [
+            torch.empty(max(sum(map(math.prod, shapes)) for shapes in written[parity::2])) for parity in range(2)
+        ]
+        steps, sources = [], [image]
+        for index, ((layer, stage), shapes) in enumerate(zip(self._stages.items(), written, strict=True)):
+            outs = _channels_last_in(buffers[index % 2], shapes)
+            if len(sources) != len(stage):
+                sources = list(sources[0].chunk(2, dim=1))
+            for one, read, out in zip(stage, sources, outs, strict=True):
+                steps.append(one.step(layer, read, out, workspace))
+            sources = outs
+        teacher, student = sources if len(sources) == 2 else sources[0].chunk(2, dim=1)
+        run = partial(
+            torch.ops.efficientad_fast.autoencoder.out,
+            image,
+            self._autoencoder,
+            self._autoencoder_biases,
+            out=hidden,
+            workspace=workspace,
+        )
+        steps.append(Step("autoencoder", (image,), self._autoencoder, hidden, run))
+        steps.append(distance.step("map_st", teacher, student, map_st, workspace))
+        steps.append(self._map_ae.step("map_ae", hidden, student, map_ae, workspace))
+        return _Bound(distance, image, map_st, map_ae, workspace, steps)
+
+
+_SHAPES_KEPT = 2
+"""Shapes of batches whose buffers a plan keeps: a folder's batches and its last, smaller one."""
+
+
+def _is_same(known: Tensor | None, given: Tensor | None) -> bool:
+    if known is None or given is None:
+        return known is given
+    return known.shape == given.shape and bool((known == given).all())
+
+
+def _channels_last(images: int, channels: int, height: int, width: int) -> Tensor:
+    shape = (images, channels, height, width)
+    return _channels_last_in(torch.empty(math.prod(shape)), [shape])[0]
+
+
+def _channels_last_in(buffer: Tensor, shapes: Sequence[tuple[int, int, int, int]]) -> list[Tensor]:
+    """Tensors of those shapes in channels-last memory, one behind the other in ``buffer``."""
+    tensors, first = [], 0
+    for images, channels, height, width in shapes:
+        strides = (height * width * channels, 1, width * channels, channels)
+        tensors.append(buffer.as_strided((images, channels, height, width), strides, first))
+        first += images * channels * height * width
+    return tensors
+
+
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A dtype of :data:`DTYPES` by name or as itself; anything else is an :class:`InputError`."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -213,8 +544,27 @@ def build_plan(source: PlanInput, device: torch.device, dtype: torch.dtype, *, b
     """The plan for a device and dtype. ``backend`` forces one; ``auto`` takes the fastest that works there.
 
     Raises:
-        InputError: unknown backend.
+        InputError: unknown backend; BackendError: the one that was forced does not work there.
     """
     if backend not in get_args(Backend):
         raise InputError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}.")
-    return ReferencePlan(source, device, dtype)
+    why_not = _why_no_operators(source, device, dtype)
+    if backend == "operators" and why_not is not None:
+        raise BackendError(f"Backend 'operators' was asked for, but {why_not}. Use backend='auto'.")
+    if backend == "reference" or why_not is not None:
+        return ReferencePlan(source, device, dtype)
+    return OperatorPlan(source, device, dtype)
+
+
+def _why_no_operators(source: PlanInput, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"it computes in float32 on the CPU alone, not in {dtype} on {device.type}"
+    if not native.is_built("cpu"):
+        return f"the CPU library is not there: {native.why_not_built('cpu')}"
+    pair = (source.teacher, source.student)
+    if (
+        not all(type(network) is PatchDescriptionNetwork for network in pair)
+        or type(source.autoencoder) is not Autoencoder
+    ):
+        return "the networks are not PatchDescriptionNetwork and Autoencoder of efficientad_fast.reference"
+    return None

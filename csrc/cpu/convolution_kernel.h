@@ -27,10 +27,11 @@ inline __attribute__((always_inline)) void store(float* to, Vector vector) {
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// M[row][...] = sum over channels of V[channel][row] * U[channel][...], for kWide vectors of outputs.
+// M[row][...] = sum over channels of V[channel][row] * U[channel][...], for kWide vectors of outputs. Meanwhile `lines`
+// cache lines a chunk are fetched from `ahead`: weights come from beyond the second-level cache.
 template <int ROWS>
 __attribute__((noinline)) void multiply_rows(const float* v, int64_t chunk_stride, const float* u, int64_t chunks,
-                                             float* m) {
+                                             float* m, const float* ahead, int64_t lines) {
   Vector sum[ROWS][kWide];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row) {
@@ -40,6 +41,9 @@ __attribute__((noinline)) void multiply_rows(const float* v, int64_t chunk_strid
     }
   }
   for (int64_t chunk = 0; chunk < chunks; ++chunk, v += chunk_stride) {
+    for (int64_t line = 0; line < lines; ++line, ahead += kChunk) {
+      __builtin_prefetch(ahead, 0, 2);
+    }
 #pragma GCC unroll 4
     for (int channel = 0; channel < kChunk; ++channel, u += kPanel) {
       const Vector first = load(u), second = load(u + kLanes);
@@ -61,12 +65,13 @@ __attribute__((noinline)) void multiply_rows(const float* v, int64_t chunk_strid
 }
 
 template <int ROWS>
-inline void multiply_rest(int64_t rows, const float* v, int64_t chunk_stride, const float* u, int64_t chunks, float* m) {
+inline void multiply_rest(int64_t rows, const float* v, int64_t chunk_stride, const float* u, int64_t chunks, float* m,
+                          const float* ahead, int64_t lines) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      multiply_rows<ROWS>(v, chunk_stride, u, chunks, m);
+      multiply_rows<ROWS>(v, chunk_stride, u, chunks, m, ahead, lines);
     } else {
-      multiply_rest<ROWS - 1>(rows, v, chunk_stride, u, chunks, m);
+      multiply_rest<ROWS - 1>(rows, v, chunk_stride, u, chunks, m, ahead, lines);
     }
   }
 }
@@ -74,10 +79,16 @@ inline void multiply_rest(int64_t rows, const float* v, int64_t chunk_stride, co
 // One plane of a block, all outputs of a panel. Rows are shared out evenly: 13 + 13 rather than 14 + 12.
 inline void multiply(const float* v, int64_t rows, const float* u, int64_t chunks, float* m) {
   const int64_t parts = (rows + kMostRows - 1) / kMostRows;
+  constexpr int kColumns = kPanel / (kWide * kLanes);
+  // The next plane's weights lie behind these; each part fetches its share.
+  const int64_t lines = (2 * kChunk + parts * kColumns - 1) / (parts * kColumns);
+  const float* ahead = u + chunks * kChunk * kPanel;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
-    for (int column = 0; column < kPanel; column += kWide * kLanes) {
-      multiply_rest<kMostRows>(count, v + first * kChunk, rows * kChunk, u + column, chunks, m + first * kPanel + column);
+    for (int column = 0; column < kColumns; ++column, ahead += lines * chunks * kChunk) {
+      const int64_t at = column * kWide * kLanes;
+      multiply_rest<kMostRows>(count, v + first * kChunk, rows * kChunk, u + at, chunks, m + first * kPanel + at, ahead,
+                               lines);
     }
   }
 }

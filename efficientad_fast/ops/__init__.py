@@ -135,10 +135,25 @@ def load_implementation(implementation: Implementation) -> None:
 
 
 @functools.cache
+def _table() -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(Path(__file__).with_name("choices.json").read_text(encoding="utf-8")))
+
+
 def choices() -> dict[str, dict[str, list[str]]]:
     """The table of choices for CUDA: operator to compute capability (or ``default``) to implementations, best first."""
-    text = Path(__file__).with_name("choices.json").read_text(encoding="utf-8")
-    return cast(dict[str, dict[str, list[str]]], json.loads(text)["cuda"])
+    return cast(dict[str, dict[str, list[str]]], _table()["cuda"])
+
+
+def cpu_algorithm(operator: str, kernel_size: int, channels: int, outputs: int | None = None) -> str:
+    """The table's algorithm for packing a convolution for the CPU kernels: see `efficientad_fast.ops.packing`.
+
+    Args:
+        channels: that each group reads. With few of them, or few outputs, transforms cost more than they save.
+        outputs: pixels of an image's result, where they are known.
+    """
+    known = _table()["cpu"]
+    few = channels < known["fewest_channels"] or (outputs is not None and outputs < known["fewest_outputs"])
+    return "direct" if few else str(known[operator].get(str(kernel_size), "direct"))
 
 
 @_Once

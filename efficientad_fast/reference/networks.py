@@ -34,6 +34,15 @@ def feature_size(size: Sequence[int], *, padding: bool = False) -> tuple[int, in
     return height, width
 
 
+def require_admitted_size(height: int, width: int) -> None:
+    """Raises an :class:`InputError` for an image that is too small for the autoencoder."""
+    if min(height, width) < SMALLEST_SIDE:
+        raise InputError(
+            f"The autoencoder got an image of {height}x{width} pixels, but each side must be at least "
+            f"{SMALLEST_SIDE}: resize it to ({max(height, SMALLEST_SIDE)}, {max(width, SMALLEST_SIDE)}) or more."
+        )
+
+
 def _relu(x: Tensor) -> Tensor:
     """In place: a convolution's gradient needs no output, and the copy costs a tenth of a prediction on a CPU."""
     return F.relu(x, inplace=True)
@@ -156,11 +165,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        if min(height, width) < SMALLEST_SIDE:
-            raise InputError(
-                f"The autoencoder got an image of {height}x{width} pixels, but each side must be at least "
-                f"{SMALLEST_SIDE}: resize it to ({max(height, SMALLEST_SIDE)}, {max(width, SMALLEST_SIDE)}) or more."
-            )
+        require_admitted_size(height, width)
         return self.decoder(self.encoder(image), (height, width))  # type: ignore[no-any-return]
 
 
@@ -193,5 +198,6 @@ __all__ = [
     "count_parameters",
     "feature_size",
     "normalise_features",
+    "require_admitted_size",
     "split_student",
 ]
