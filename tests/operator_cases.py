@@ -13,7 +13,7 @@ Each operator of the catalogue has a module ``tests/cases/<op>.py``:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -38,13 +38,17 @@ class Case:
         make: the arguments, in the order and with the names of the schema; the same numbers each time, on the CPU,
             every tensor new.
         spread: a NaN or inf among the arguments may reach this many times as many results as in the reference (SPEC:
-            neighbours with weight zero), and must reach all of those.
+            neighbours with weight zero, tiles), and must reach all of those.
+        quantity: the row of the tolerances; the operator's own if empty.
+        same_as: a call of another overload that has the same results, whose expected results are taken.
     """
 
     name: str
     overload: str
     make: Callable[[], Arguments]
     spread: int = 1
+    quantity: str = ""
+    same_as: Case | None = None
 
     def __repr__(self) -> str:  # what hypothesis prints
         return f"{self.overload} {self.name}"
@@ -68,6 +72,8 @@ class Case:
         return returned if isinstance(returned, tuple) else (returned,)
 
     def expected(self) -> tuple[Tensor, ...]:
+        if self.same_as is not None:
+            return self.same_as.expected()
         args, kwargs = self.arguments()
         results: tuple[Tensor, ...] = cases_module(self.operator).expected(self, *args, **kwargs)
         return results
@@ -89,7 +95,7 @@ class Case:
                 count, most = int(reached.sum()), self.spread * int(wanted.sum())
                 assert count <= most, f"{what}: {count} numbers are NaN or inf, at most {most} may be"
                 trusted = torch.where(reached, actual.to(trusted.dtype), trusted)
-            assert_close(actual, trusted, tolerance(self.operator, actual.dtype), what)
+            assert_close(actual, trusted, tolerance(self.quantity or self.operator, actual.dtype), what)
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,30 @@ def numbers(shape: tuple[int, ...], *, seed: int = 0, dtype: torch.dtype = torch
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def on_tensors(function: Callable[[Tensor], Any], argument: Any) -> Any:
+    """An argument with ``function`` applied to it where it is a tensor, or to each of a list of them."""
+    if isinstance(argument, list):
+        return [on_tensors(function, one) for one in argument]
+    return function(argument) if isinstance(argument, Tensor) else argument
+
+
+def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """All tensors among the arguments, those in lists too, in order."""
+    found: list[Tensor] = []
+    on_tensors(found.append, [*args, *kwargs.values()])
+    return tuple(found)
+
+
 def _placed(argument: Any, device: str | torch.device) -> Any:
     """On the device, with the strides that it has here."""
-    if not isinstance(argument, Tensor) or argument.device.type != "cpu":
-        return argument
-    placed = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device)
-    return placed.copy_(argument)
+
+    def place(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu":
+            return tensor
+        placed = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        if placed.untyped_storage().nbytes() > placed.nbytes:
+            # NaN, or the largest number, between the elements: who reads it too is found out.
+            placed.untyped_storage().fill_(0xFF)
+        return placed.copy_(tensor)
+
+    return on_tensors(place, argument)

@@ -16,7 +16,17 @@ import torch
 from assertions import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operator_cases import Case, Refusal, cases, cases_module, refusals, result_arguments, written_arguments
+from operator_cases import (
+    Case,
+    Refusal,
+    cases,
+    cases_module,
+    on_tensors,
+    refusals,
+    result_arguments,
+    tensors_of,
+    written_arguments,
+)
 from tolerances import EXACT
 
 from efficientad_fast import native, ops
@@ -102,7 +112,7 @@ def test_results_own_their_memory(runner: Runner, case: Case) -> None:
     function = runner.find(case.overload)
     args, kwargs = case.arguments(runner.device)
     returned = function(*args, **kwargs)
-    given_to = {one.untyped_storage().data_ptr() for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)}
+    given_to = {one.untyped_storage().data_ptr() for one in tensors_of(args, kwargs)}
     for result in returned if isinstance(returned, tuple) else (returned,):
         if result is not None and result.numel() > 0:
             assert result.untyped_storage().data_ptr() not in given_to
@@ -116,12 +126,12 @@ def test_inputs_are_left_alone(runner: Runner, case: Case) -> None:
     function(*args, **kwargs)
     before = case.arguments(runner.device)
     written = written_arguments(case.overload)
-    named = [(f"argument {index}", one) for index, one in enumerate(args)]
-    named += [(name, one) for name, one in kwargs.items() if name not in written]
-    earlier = [*before[0], *(one for name, one in before[1].items() if name not in written)]
-    for (name, after), first in zip(named, earlier, strict=True):
-        if isinstance(after, torch.Tensor):
-            assert_close(after, first, EXACT, name)
+    for name, after, earlier in [
+        *((f"argument {index}", *both) for index, both in enumerate(zip(args, before[0], strict=True))),
+        *((name, kwargs[name], before[1][name]) for name in kwargs if name not in written),
+    ]:
+        for one, first in zip(tensors_of([after], {}), tensors_of([earlier], {}), strict=True):
+            assert_close(one, first, EXACT, name)
 
 
 @every_runner
@@ -169,10 +179,6 @@ def test_compiles_and_exports(operator: str) -> None:
             assert_close(actual, expected, EXACT, f"{kind!r} exported")
 
 
-def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    return tuple(one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor))
-
-
 class Call(torch.nn.Module):
     """An operator with its tensors as inputs, and everything else fixed: what is exported takes no dtypes."""
 
@@ -184,8 +190,8 @@ class Call(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> Any:
         args, kwargs = self.arguments
         given = iter(tensors)
-        placed = [next(given) if isinstance(one, torch.Tensor) else one for one in args]
-        named = {name: next(given) if isinstance(one, torch.Tensor) else one for name, one in kwargs.items()}
+        placed = on_tensors(lambda _: next(given), list(args))
+        named = {name: on_tensors(lambda _: next(given), one) for name, one in kwargs.items()}
         return self.function(*placed, **named)
 
 
@@ -197,6 +203,8 @@ def test_works_in_a_cuda_graph(case: Case) -> None:
         pytest.skip("an overload that allocates its results")
     ops.load()
     function = ops.resolve(ops.NAMESPACE, case.overload)
+    if ops.choose(case.overload, torch.cuda.current_device()) is ops.overload(case.overload).reference:
+        pytest.skip("no GPU kernel: the reference allocates, and copies from the host")
     args, kwargs = case.arguments("cuda")
     captured = tensors_of(args, kwargs)
     for tensor in captured:
@@ -218,10 +226,17 @@ def test_works_in_a_cuda_graph(case: Case) -> None:
 def test_house_is_complete(operator: str) -> None:
     """One name across the house: whoever knows one room finds the others."""
     root = Path(__file__).resolve().parents[1]
-    rooms = [f"efficientad_fast/ops/{operator}.py", f"csrc/cpu/{operator}.cpp", f"csrc/cuda/{operator}.cu"]
-    rooms += [f"tests/cases/{operator}.py"]
-    if operator != "identity":  # a copy, which needs no kernels to choose from, and has nothing to measure
-        rooms += [f"csrc/cuda/{operator}_kernel.h", f"triton_kernels/{operator}.py", f"benchmarks/test_{operator}.py"]
+    chosen = {implementation for best_first in ops.choices()[operator].values() for implementation in best_first}
+    rooms = [f"efficientad_fast/ops/{operator}.py", f"csrc/cpu/{operator}.cpp", f"tests/cases/{operator}.py"]
+    if operator != "identity":  # a copy, which has nothing to measure, and a kernel without a header of its own
+        rooms.append(f"benchmarks/test_{operator}.py")
+    gpu_rooms = {
+        "cuda": [f"csrc/cuda/{operator}.cu", *([f"csrc/cuda/{operator}_kernel.h"] if operator != "identity" else [])],
+        "triton": [f"triton_kernels/{operator}.py"],
+    }
+    rooms += [room for implementation in chosen & gpu_rooms.keys() for room in gpu_rooms[implementation]]
     missing = [room for room in rooms if not (root / room).is_file()]
     assert not missing, f"{operator} has no {', no '.join(missing)}"
-    assert operator in ops.choices()
+    # What is there is chosen somewhere.
+    unused = [name for name in gpu_rooms.keys() - chosen if any((root / room).is_file() for room in gpu_rooms[name])]
+    assert not unused, f"{operator} has a kernel of {', '.join(unused)}, which no GPU takes"
