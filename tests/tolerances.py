@@ -43,6 +43,9 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("features", torch.bfloat16): Tolerance(5e-2, 5e-2, 1.5e-2, _ROUNDED),
     ("map", torch.float64): Tolerance(1e-12, 1e-14, 1e-13, _SQUARES),
     ("map", torch.float32): Tolerance(1e-5, 1e-6, 2e-6, _SQUARES),
+    ("winograd map", torch.float32): Tolerance(
+        1e-4, 1e-5, 2e-5, "F(6x6, 4x4) loses 2e-5 of its outputs' norm in each layer"
+    ),
     ("map", torch.float16): Tolerance(5e-2, 1e-3, 1e-2, f"features in float16; {_SQUARES}"),
     ("map", torch.bfloat16): Tolerance(2e-1, 1e-2, 6e-2, f"features in bfloat16; {_SQUARES}"),
     ("resize", torch.float64): Tolerance(1e-13, 1e-14, 1e-14, "four products a pixel"),
@@ -57,21 +60,21 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("preprocess", torch.float16): Tolerance(1e-3, 1e-4, 5e-4, "float32 arithmetic, rounded once to eps"),
     ("preprocess", torch.bfloat16): Tolerance(8e-3, 1e-4, 4e-3, "float32 arithmetic, rounded once to eps"),
     # Winograd adds numbers larger than its results, F(6x6, 4x4) the largest.
-    ("conv_pool", torch.float32): Tolerance(5e-6, 4e-5, 8e-6, "F(4x4, 3x3), F(4x4, 4x4), F(6x6, 3x3) in float32"),
+    **{
+        (f"F({m}x{m}, {r}x{r})", torch.float32): Tolerance(1e-5, 1e-3, norm, "256 channels; a tenth more than measured")
+        for m, r, norm in [(4, 3, 3e-6), (4, 4, 4e-6), (6, 3, 6e-6), (6, 4, 2.5e-5)]
+    },
+    ("conv_pool", torch.float32): Tolerance(5e-6, 3e-5, 8e-6, "up to F(6x6, 3x3)"),
     ("conv_pool, direct", torch.float32): Tolerance(1e-6, 3e-6, 1e-6, "sums of up to 1280 products"),
-    ("conv_pool, F(6x6, 4x4)", torch.float32): Tolerance(
-        3e-5, 3e-4, 3e-5, "1e-5 in norm at 48 channels, 20 x the worst"
-    ),
-    # Features of size y within d give squares within 2 y d, which is at most d + d y^2.
-    ("feature_distance", torch.float32): Tolerance(
-        6e-5, 6e-5, 1e-5, f"F(4x4, 4x4), F(6x6, 3x3) in float32; {_SQUARES}"
-    ),
-    ("feature_distance, direct", torch.float32): Tolerance(
-        5e-6, 5e-6, 2e-6, f"sums of up to 1280 products; {_SQUARES}"
-    ),
-    ("feature_distance, F(6x6, 4x4)", torch.float32): Tolerance(4e-4, 4e-4, 6e-5, _SQUARES),
-    ("autoencoder", torch.float32): Tolerance(2e-5, 2e-5, 5e-6, f"{_SUMS}, some in F(4x4, 4x4)"),
+    ("conv_pool, F(6x6, 4x4)", torch.float32): Tolerance(3e-5, 2e-4, 3e-5, "1e-5 in norm, in the worst 10 times that"),
+    # Features of size y, wrong by d, have squares wrong by 2 y d, which is at most d + d y^2.
+    ("feature_distance", torch.float32): Tolerance(3e-5, 3e-5, 1e-5, f"up to F(6x6, 3x3); {_SQUARES}"),
+    ("feature_distance, direct", torch.float32): Tolerance(5e-6, 5e-6, 2e-6, _SQUARES),
+    ("feature_distance, F(6x6, 4x4)", torch.float32): Tolerance(3e-4, 3e-4, 6e-5, _SQUARES),
+    ("autoencoder", torch.float32): Tolerance(1e-5, 1e-5, 5e-6, f"{_SUMS}, some by F(4x4, 4x4)"),
     ("packed weights", torch.float32): Tolerance(1.2e-7, 1e-12, 6e-8, "float64, rounded once"),
+    ("unpacked weights", torch.float64): Tolerance(1e-6, 3e-7, 3e-7, "packed weights were rounded once"),
+    ("filtered by packed weights", torch.float64): Tolerance(1e-5, 3e-5, 5e-6, "packed weights were rounded once"),
     # Rounded once, as the expected results are; histograms are whole numbers.
     **{("quantile", dtype): EXACT for dtype in (torch.float32, torch.int64)},
     ("loss", torch.float64): Tolerance(1e-12, 0.0, 1e-12, "one mean in another order"),
