@@ -48,6 +48,8 @@ def measure(
     constants: Sequence[Tensor] = (),
     trusted: Callable[..., tuple[Tensor, ...]] | None = None,
     rivals_tolerance: Tolerance | None = None,
+    quantity: str = "",
+    rounds: int = 200,
 ) -> None:
     """Times one runner on a workload, after checking its results against what is trusted.
 
@@ -61,6 +63,8 @@ def measure(
         constants: likewise; what the composition's users make once. They are not among the bytes that are counted.
         trusted: as the composition, for workloads in which that gives other numbers; else it is what is trusted.
         rivals_tolerance: where it is, how far the composition's may be from the trusted ones; of ours the table says.
+        quantity: its row, where it is not the operator's.
+        rounds: how often it runs, after a tenth as many runs that are not timed; fewer for what takes long.
     """
     implementation, device = runner
     placed = [one.to(device) for one in inputs]
@@ -73,7 +77,7 @@ def measure(
     expected = (trusted or composition)(*given)
     actual = run() or results
     for one, other in zip(actual, expected, strict=True):
-        allowed = tolerance(operator, one.dtype)
+        allowed = tolerance(quantity or operator, one.dtype)
         if implementation in RIVALS and rivals_tolerance is not None:
             allowed = rivals_tolerance
         assert_close(one, other, allowed, f"{operator}, {implementation}")
@@ -84,7 +88,7 @@ def measure(
         run, calls = _in_a_graph(run), CALLS
     benchmark.group = f"{operator}, {workload}, {device}"
     # The first runs of a process grow the heap and wake the threads.
-    benchmark.pedantic(run, rounds=200, iterations=1, warmup_rounds=20)
+    benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=rounds // 10)
     median = benchmark.stats.stats.median / calls
     benchmark.extra_info.update(
         operator=operator,

@@ -83,7 +83,8 @@ def into(
         room = workspace(threads, autoencoder.workspace_size(image_size, size, channels))
         return (image, packed, biases), {"out": out, "workspace": room}
 
-    return Case(f"into, {name}", "autoencoder.out", make, same_as=same)
+    row = "autoencoder, F(6x6, 4x4)" if "winograd6" in (algorithms or {}).values() else ""
+    return Case(f"into, {name}", "autoencoder.out", make, quantity=row, same_as=same)
 
 
 CASES = [
@@ -115,6 +116,7 @@ CASES = [
         ENOUGH,
         algorithms={6: "winograd4", 7: "direct", 12: "winograd4", 8: "winograd4"},
     ),
+    into("all in tiles of 6", 1, (256, 256), (60, 59), ENOUGH, algorithms=dict.fromkeys(range(6, 13), "winograd6")),
     into("window", 2, (256, 256), (9, 7), change=window),
     into("planes first", 2, (256, 256), (9, 7), threads=2, change=planes_first),
     into("NaN", 2, (256, 256), (9, 7), ENOUGH, change=with_value(math.nan)),
