@@ -9,7 +9,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -275,16 +277,17 @@ def predict(
             decode=options,
         )
         try:
-            for index, prediction in enumerate(stream):
-                if prediction.error is not None:
-                    errors.print(f"[red]failed:[/red] {escape(_printable(prediction.error))}", soft_wrap=True)
-                else:
-                    verdict = "anomalous" if prediction.label else "good"
-                    sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{_printable(prediction.source)}\n")
-                    sys.stdout.flush()
-                    if out is not None:
-                        _write_overlay(prediction, detector, options, out, index)
-                rows.append(dataclasses.replace(prediction, anomaly_map=None))
+            with _in_background(most=2 * batch_size) as start:
+                for index, prediction in enumerate(stream):
+                    if prediction.error is not None:
+                        errors.print(f"[red]failed:[/red] {escape(_printable(prediction.error))}", soft_wrap=True)
+                    else:
+                        verdict = "anomalous" if prediction.label else "good"
+                        sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{_printable(prediction.source)}\n")
+                        sys.stdout.flush()
+                        if out is not None:
+                            start(_write_overlay, prediction, detector, options, out, index)
+                    rows.append(dataclasses.replace(prediction, anomaly_map=None))
         finally:
             # Interrupted, too: what was predicted is not lost.
             if out is not None:
@@ -293,6 +296,25 @@ def predict(
         if failed:
             errors.print(f"{failed} of {len(rows)} images failed.")
             raise typer.Exit(1)
+
+
+@contextmanager
+def _in_background(most: int) -> Iterator[Callable[..., None]]:
+    """What starts a function in another thread, at most ``most`` at a time; all have ended when this is left.
+
+    The first exception of one is raised when the next is started, or when this is left.
+    """
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+
+        def start(function: Callable[..., object], *arguments: object) -> None:
+            waiting.append(pool.submit(function, *arguments))
+            while len(waiting) > most or (waiting and waiting[0].done()):
+                waiting.popleft().result()
+
+        yield start
+        for one in waiting:
+            one.result()
 
 
 def _printable(text: str) -> str:

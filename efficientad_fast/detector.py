@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -36,6 +37,8 @@ from efficientad_fast.reference.preprocess import (
 from efficientad_fast.weights import describe_teacher
 
 FILE_FORMAT = "efficientad_fast detector 1"
+
+_THREAD = "efficientad_fast-decode"
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 MapSize = Literal["network", "original"]
@@ -74,11 +77,14 @@ class Preprocessing:
                 raise InputError(f"{name} must be {wanted}, got {values!r}.")
         check_decode_options("rgb", self.max_value)
 
-    def decode(self, source: ImageSource, options: DecodeOptions | None = None) -> Tensor:
+    def decode(
+        self, source: ImageSource, options: DecodeOptions | None = None, *, channels_last: bool = False
+    ) -> Tensor:
         """``(3, H, W)``, uint8 or float32 in [0, 1]: ``source`` as :func:`data.decode.decode_image` reads it.
 
         Args:
             options: what differs for this image.
+            channels_last: lay it out so, as :meth:`batch` reads it fastest.
         """
         options = options or DecodeOptions()
         return decode_image(
@@ -86,6 +92,7 @@ class Preprocessing:
             channel_order=options.channel_order,
             max_value=self.max_value if options.max_value is None else options.max_value,
             apply_exif=self.apply_exif if options.apply_exif is None else options.apply_exif,
+            channels_last=channels_last,
         )
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -97,6 +104,20 @@ class Preprocessing:
             known.movedim(0, -1).unsqueeze(0), self.size, resize=self.resize, mean=self.mean, std=self.std
         )
         return batch[0]
+
+    def batch(self, images: Sequence[Tensor]) -> Tensor:
+        """Images ``(3, H, W)``, uint8 or float in [0, 1], of any sizes, to ``(N, 3, *size)`` float32, normalised.
+
+        The result is channels-last, as networks on a CPU read it.
+        """
+        ops.load()
+        result = torch.empty((len(images), 3, *self.size), memory_format=torch.channels_last)
+        for image, out in zip(images, result.split(1), strict=True):
+            known = image if image.dtype == torch.uint8 else image.float()
+            torch.ops.efficientad_fast.preprocess.out(
+                known.movedim(0, -1).unsqueeze(0), resize=self.resize, mean=self.mean, std=self.std, out=out
+            )
+        return result
 
 
 @dataclass(frozen=True)
@@ -136,8 +157,7 @@ class Prediction:
 @dataclass(frozen=True)
 class _Decoded:
     source: str
-    image: Tensor | None  # preprocessed, (3, H, W)
-    original_size: tuple[int, int]
+    image: Tensor | None  # (3, H, W), as it was decoded
     error: str | None = None
 
 
@@ -393,14 +413,18 @@ class Detector:
         """
         options = DecodeOptions(channel_order, max_value, apply_exif)
         single, several = _arrange(images)
-        results = self.stream(
-            several, batch_size=batch_size, device=device, dtype=dtype, map_size=map_size, decode=options
-        )
         if single:
-            prediction = next(results)
+            plan = self._checked_plan(batch_size, device, dtype, map_size, options)
+            (source,) = several
+            # In this thread: there is nothing to decode ahead.
+            decoded = _decode(source, _name(source, 0), self.preprocessing, options)
+            (prediction,) = self._predict_batch([decoded], plan, map_size == "original")
             if prediction.error is not None:
                 raise ImageError(prediction.error)
             return prediction
+        results = self.stream(
+            several, batch_size=batch_size, device=device, dtype=dtype, map_size=map_size, decode=options
+        )
         return list(results) if isinstance(several, Sequence) else results
 
     def stream(
@@ -415,19 +439,31 @@ class Detector:
     ) -> Iterator[Prediction]:
         """Predictions one by one, in order; memory does not grow with their number.
 
-        A thread decodes ahead, at most two batches, while the networks run. Arguments as for :meth:`predict`.
+        Files are decoded ahead in threads while the networks run: a batch, and an image more for each thread. What else
+        is given is copied before the next is asked for, so that a camera may reuse its memory. Arguments as for
+        :meth:`predict`.
 
         Raises:
             InputError: an argument is off (at the call, not at the first ``next``).
         """
+        options = decode or DecodeOptions()
+        plan = self._checked_plan(batch_size, device, dtype, map_size, options)
+        return self._run(images, plan, batch_size, map_size == "original", options)
+
+    def _checked_plan(
+        self,
+        batch_size: int,
+        device: str | torch.device,
+        dtype: str | torch.dtype,
+        map_size: MapSize,
+        options: DecodeOptions,
+    ) -> Plan:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}.")
         if map_size not in get_args(MapSize):
             raise InputError(f"map_size must be one of {', '.join(get_args(MapSize))}, got {map_size!r}.")
-        options = decode or DecodeOptions()
         check_decode_options(options.channel_order, options.max_value)
-        plan = self.plan(device, dtype)
-        return self._run(images, plan, batch_size, map_size == "original", options)
+        return self.plan(device, dtype)
 
     def _run(
         self,
@@ -438,7 +474,7 @@ class Detector:
         options: DecodeOptions,
     ) -> Iterator[Prediction]:
         waiting: list[_Decoded] = []
-        with _decoding_ahead(images, self.preprocessing, options, depth=2 * batch_size) as decoded:
+        with _decoding_ahead(images, self.preprocessing, options, batch_size) as decoded:
             for item in decoded:
                 waiting.append(item)
                 if len(waiting) == batch_size:
@@ -447,11 +483,11 @@ class Detector:
             yield from self._predict_batch(waiting, plan, original_maps)
 
     def _predict_batch(self, items: Sequence[_Decoded], plan: Plan, original_maps: bool) -> list[Prediction]:
-        readable = [item for item in items if item.image is not None]
+        readable = [item.image for item in items if item.image is not None]
         results: Iterator[tuple[float, Tensor]] = iter(())
         if readable:
-            batch = torch.stack([item.image for item in readable if item.image is not None])
-            scores, sized = plan.run(batch, [item.original_size for item in readable], original_maps=original_maps)
+            sizes = [(image.shape[-2], image.shape[-1]) for image in readable]
+            scores, sized = plan.run(self.preprocessing.batch(readable), sizes, original_maps=original_maps)
             results = zip(scores.tolist(), sized, strict=True)
         predictions = []
         for item in items:
@@ -502,34 +538,52 @@ def _name(source: object, index: int) -> str:
     return getattr(source, "filename", "") or f"image {index}"
 
 
+def _decode(source: ImageSource, name: str, preprocessing: Preprocessing, options: DecodeOptions) -> _Decoded:
+    try:
+        return _Decoded(name, preprocessing.decode(source, options, channels_last=True))
+    except ImageError as error:
+        return _Decoded(name, None, str(error) if name in str(error) else f"{name}: {error}")
+
+
+def _decoding_threads() -> int:
+    """As many as may run at once, but not so many that they wait for each other in Python."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, 8)
+
+
 @contextlib.contextmanager
 def _decoding_ahead(
-    images: Iterable[ImageSource], preprocessing: Preprocessing, options: DecodeOptions, depth: int
+    images: Iterable[ImageSource], preprocessing: Preprocessing, options: DecodeOptions, batch_size: int
 ) -> Iterator[Iterator[_Decoded]]:
-    """Decode and preprocess in a thread, at most ``depth`` images ahead. Errors of the iterable itself are raised."""
-    ready: queue.Queue[_Decoded | BaseException | None] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+    """Decode in threads, in order, ahead of who takes the results. Errors of the iterable itself are raised.
 
-    def put(item: _Decoded | BaseException | None) -> None:
+    One thread asks for the images and others decode files. An array or PIL image is decoded by the first before it
+    asks for the next: its memory, or the file that it is read from, may be the next one's too.
+    """
+    threads = _decoding_threads()
+    ready: queue.Queue[Future[_Decoded] | BaseException | None] = queue.Queue(maxsize=batch_size + threads)
+    stopped = threading.Event()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=_THREAD)
+
+    def put(item: Future[_Decoded] | BaseException | None) -> None:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.1)
                 return
 
-    def decode() -> None:
+    def draw() -> None:
         end: BaseException | None = None
         try:
             for index, source in enumerate(images):
                 if stopped.is_set():
                     return
-                name = _name(source, index)
-                try:
-                    image = preprocessing.decode(source, options)
-                    size = (image.shape[-2], image.shape[-1])
-                    put(_Decoded(name, preprocessing(image), size))
-                except ImageError as error:
-                    message = str(error) if name in str(error) else f"{name}: {error}"
-                    put(_Decoded(name, None, (0, 0), message))
+                job = (source, _name(source, index), preprocessing, options)
+                if isinstance(source, str | os.PathLike):
+                    put(pool.submit(_decode, *job))
+                else:
+                    done: Future[_Decoded] = Future()
+                    done.set_result(_decode(*job))
+                    put(done)
         # Whatever ends the source, Ctrl-C in it included, is raised in the caller's thread.
         except BaseException as error:
             end = error
@@ -542,13 +596,14 @@ def _decoding_ahead(
                 return
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            yield item.result()
 
-    thread = threading.Thread(target=decode, name="efficientad_fast-decode", daemon=True)
+    thread = threading.Thread(target=draw, name=_THREAD, daemon=True)
     thread.start()
     try:
         yield items()
     finally:
         stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
         # A source that blocks, such as a camera, cannot be woken; the thread ends with its next image.
         thread.join(timeout=1.0)

@@ -69,6 +69,19 @@ def test_predict_reports_a_bad_file_and_predicts_the_others(model: Path, images:
     assert Image.open(out / overlays[0]).size == (40, 30)
 
 
+def test_an_overlay_that_cannot_be_written_ends_the_run_with_its_reason(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "_write_overlay", full)
+    result = _run("predict", model, images, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert (tmp_path / "out" / "predictions.csv").is_file()
+
+
 def test_a_score_that_is_nan_fails(images: Path, tmp_path: Path) -> None:
     broken = small_detector()
     with torch.no_grad():

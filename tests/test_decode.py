@@ -444,6 +444,35 @@ def test_results_share_no_memory_with_the_source() -> None:
     results[0][...] = 7
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        Image.fromarray(colours()),
+        Image.fromarray(colours()).convert("L"),
+        Image.fromarray(colours()).convert("RGBA"),
+        Image.fromarray(colours()).convert("P"),
+        colours(1, 1),
+        colours()[..., :1],
+        colours()[::-2, 3::2],
+        torch.from_numpy(colours()).permute(2, 0, 1),
+        torch.from_numpy(colours()).permute(2, 0, 1).contiguous(),
+        colours()[..., 0].astype(np.uint16),
+        colours().astype(np.uint16),
+        colours().astype(np.float32) / 255,
+        colours()[..., 0].astype(np.float64) / 255,
+    ],
+    ids=lambda source: f"{type(source).__name__} {getattr(source, 'mode', getattr(source, 'dtype', ''))}",
+)
+@pytest.mark.parametrize("channel_order", ["rgb", "bgr"])
+def test_channels_last_is_another_layout_of_the_same(source: Any, channel_order: str) -> None:
+    options = {"channel_order": channel_order, "max_value": 300}
+    planes = decode_image(source, **options)
+    pixels = decode_image(source, channels_last=True, **options)
+    assert_same(planes, pixels.contiguous())
+    assert pixels.permute(1, 2, 0).is_contiguous()
+    assert planes.is_contiguous()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["array", "tensor", "half"])
 def test_values_that_are_not_finite(kind: str, value: float) -> None:

@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from efficientad_fast import Detector, Prediction, Preprocessing
+from efficientad_fast import detector as detector_module
 from efficientad_fast.errors import BackendError, DatasetError, DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
 from efficientad_fast.reference.maps import Quantiles, image_score, resize_map
 from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
+from efficientad_fast.reference.preprocess import Resize
 from tests.small_detector import small_detector
 
 
@@ -253,6 +255,16 @@ def test_the_batch_size_does_not_change_the_result(detector: Detector, folder: P
         np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("resize", ["antialias", "pillow"])
+def test_a_batch_holds_what_each_image_becomes_by_itself(folder: Path, resize: Resize) -> None:
+    preprocessing = Preprocessing(size=(256, 300), resize=resize)
+    images = [preprocessing.decode(folder / f"{index}.png", channels_last=index == 1) for index in range(3)]
+    images.append(images[0].double() / 255)
+    batch = preprocessing.batch(images)
+    assert batch.shape == (4, 3, 256, 300) and batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, torch.stack([preprocessing(image) for image in images]))
+
+
 def test_maps_and_scores_of_the_resized_convention(detector: Detector, folder: Path) -> None:
     network = _one(detector.predict(folder / "0.png"))
     original = _one(detector.predict(folder / "0.png", map_size="original"))
@@ -399,7 +411,24 @@ def test_a_single_pixel_is_predicted(detector: Detector) -> None:
 # Streams
 
 
-def test_a_stream_is_read_no_further_ahead_than_two_batches(detector: Detector) -> None:
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are decoded by two threads, on any machine."""
+    monkeypatch.setattr(detector_module, "_decoding_threads", lambda: 2)
+
+
+def decoding_has_ended() -> bool:
+    """Whether all threads that decode are gone, or go within seconds."""
+    deadline = time.monotonic() + 5
+    while any(thread.name.startswith("efficientad_fast-decode") for thread in threading.enumerate()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_stream_is_read_no_further_ahead_than_a_batch_and_its_threads(detector: Detector) -> None:
     drawn = itertools.count()
     image = np.zeros((8, 8, 3), np.uint8)
 
@@ -412,8 +441,8 @@ def test_a_stream_is_read_no_further_ahead_than_two_batches(detector: Detector) 
     for _ in range(4):
         next(stream)
     time.sleep(0.3)
-    # 4 predicted, at most 2 batches queued, one image waiting for room and one being drawn.
-    assert next(drawn) <= 4 + 2 * 2 + 2
+    # 4 predicted, a batch and one for each thread queued, one image waiting for room and one being drawn.
+    assert next(drawn) <= 4 + (2 + 2) + 2
     stream.close()  # type: ignore[attr-defined]
 
 
@@ -439,14 +468,88 @@ def test_the_next_image_is_decoded_while_the_networks_run(monkeypatch: pytest.Mo
     assert waited == [True] * images
 
 
-def test_closing_a_stream_ends_its_thread(detector: Detector) -> None:
-    stream = detector.stream(itertools.repeat(np.zeros((8, 8, 3), np.uint8)))
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 5
-    while any(thread.name == "efficientad_fast-decode" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "the decoding thread did not end"
-        time.sleep(0.01)
+@pytest.mark.usefixtures("two_threads")
+def test_files_are_decoded_ahead_by_several_threads_and_come_in_order(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{index}.png" for index in range(12)]
+    for index, path in enumerate(paths):
+        Image.new("RGB", (10 + index, 8), (20 * index, 0, 0)).save(path)
+    alone = [_one(detector.predict(path, map_size="original")) for path in paths]
+    both, ahead, decode = threading.Barrier(2), threading.Semaphore(0), Preprocessing.decode
+
+    def decode_beside_another(self: Preprocessing, source: Path, *args: object, **kwargs: object) -> torch.Tensor:
+        both.wait(timeout=20)  # broken, where one thread decodes all of them
+        if source in paths[::2]:
+            time.sleep(0.01)  # the one after it is ready before it is
+        ahead.release()
+        return decode(self, source, *args, **kwargs)
+
+    plan = detector.plan()
+    run = type(plan).run
+
+    def run_beside_decoding(self: object, *args: object, **kwargs: object) -> object:
+        if not waited:  # for its own four images and the next four
+            waited.extend(ahead.acquire(timeout=20) for _ in range(8))
+        return run(plan, *args, **kwargs)
+
+    waited: list[bool] = []
+    monkeypatch.setattr(Preprocessing, "decode", decode_beside_another)
+    monkeypatch.setattr(type(plan), "run", run_beside_decoding)
+    predictions = _several(detector.predict(paths, batch_size=4, map_size="original"))
+    assert waited == [True] * 8, "the second batch was not decoded while the first was in the networks"
+    assert [one.source for one in predictions] == [str(path) for path in paths]
+    assert [one.score for one in predictions] == pytest.approx([one.score for one in alone], rel=1e-5)
+    assert [one.anomaly_map.shape for one in predictions] == [(8, 10 + index) for index in range(12)]
+
+
+def test_memory_that_a_camera_reuses_is_copied_before_its_next_image(detector: Detector) -> None:
+    def camera() -> Iterator[np.ndarray]:
+        memory = np.zeros((20, 30, 3), np.uint8)
+        for level in levels:
+            memory[...] = level
+            yield memory
+
+    levels = range(0, 250, 25)
+    expected = [_one(detector.predict(np.full((20, 30, 3), level, np.uint8))).score for level in levels]
+    assert len(set(expected)) == len(expected)
+    assert [one.score for one in detector.predict(camera(), batch_size=3)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_frames_of_one_file_are_decoded_before_it_moves_on(detector: Detector, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (30, 20), (level, 0, 90)) for level in range(0, 250, 25)]
+    frames[0].save(tmp_path / "frames.tiff", save_all=True, append_images=frames[1:])
+    expected = [_one(detector.predict(frame)).score for frame in frames]
+    with Image.open(tmp_path / "frames.tiff") as film:
+        predictions = list(detector.predict(ImageSequence.Iterator(film), batch_size=3))
+    assert [one.score for one in predictions] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_image_alone_takes_no_thread(detector: Detector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a thread was started")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert math.isfinite(_one(detector.predict(folder / "0.png")).score)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_interruption_ends_decoding(detector: Detector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(detector.plan()), "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detector.predict([folder / "1.png"] * 50, batch_size=2)
+    assert decoding_has_ended()
+
+
+def test_closing_a_stream_ends_its_threads(detector: Detector, folder: Path) -> None:
+    for image in (np.zeros((8, 8, 3), np.uint8), folder / "1.png"):
+        stream = detector.stream(itertools.repeat(image))
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert decoding_has_ended()
 
 
 def test_an_error_of_the_iterator_itself_reaches_the_caller(detector: Detector) -> None:

@@ -8,6 +8,7 @@ import stat
 import struct
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +84,7 @@ def decode_image(
     channel_order: str = "rgb",
     max_value: int | None = None,
     apply_exif: bool = False,
+    channels_last: bool = False,
 ) -> Tensor:
     """Decode ``source`` to RGB.
 
@@ -102,33 +104,44 @@ def decode_image(
             do PGM files, whose header says it.
         apply_exif: turn files and PIL images as their EXIF orientation says. It is ignored otherwise, but for TIFF
             files, which Pillow turns itself while reading (as in the other implementations, which read with it).
+        channels_last: lay the result out with its channels next to each other, as files hold them and the operator
+            ``preprocess`` reads them.
 
     Returns:
-        ``(3, H, W)``, contiguous, on the CPU, never sharing memory with ``source``: uint8 for 8-bit sources, else
-        float32 in [0, 1]. 16-bit grey keeps its precision; of 16-bit colour files Pillow keeps the upper 8 bits.
+        ``(3, H, W)``, contiguous or channels-last, on the CPU, never sharing memory with ``source``: uint8 for 8-bit
+        sources, else float32 in [0, 1]. 16-bit grey keeps its precision; of 16-bit colour files Pillow keeps the upper
+        8 bits.
 
     Raises:
         ImageError: the image cannot be read, or holds what is described nowhere above.
         InputError: ``channel_order`` or ``max_value`` is not one of the admitted values.
     """
     check_decode_options(channel_order, max_value)
+    layout = _Layout(channel_order == "bgr", channels_last)
     if isinstance(source, Tensor):
-        return _from_tensor(source, channel_order, max_value)
+        return _from_tensor(source, layout, max_value)
     if isinstance(source, np.ndarray):
-        return _from_array(source, channel_order, max_value)
+        return _from_array(source, layout, max_value)
     if isinstance(source, Image.Image):
         file = getattr(source, "filename", "")
         name = f"PIL image {file}" if file else "PIL image"
-        return _from_pillow(source, name, max_value, apply_exif)
+        return _from_pillow(source, name, layout, max_value, apply_exif)
     if isinstance(source, str | os.PathLike):
-        return _from_file(source, max_value, apply_exif)
+        return _from_file(source, layout, max_value, apply_exif)
     raise ImageError(
         f"an image is a {type(source).__name__}; expected a path, a PIL image, a numpy array or a torch tensor"
         + ("; open encoded bytes with PIL.Image.open(io.BytesIO(data))" if isinstance(source, bytes) else "")
     )
 
 
-def _from_file(path: str | os.PathLike[str], max_value: int | None, apply_exif: bool) -> Tensor:
+class _Layout(NamedTuple):
+    """Of the channels: whether the source has them as B, G, R, and whether the result has them next to each other."""
+
+    reverse: bool
+    channels_last: bool
+
+
+def _from_file(path: str | os.PathLike[str], layout: _Layout, max_value: int | None, apply_exif: bool) -> Tensor:
     name = os.fsdecode(path) or "."
     try:
         status = Path(name).stat()
@@ -159,7 +172,7 @@ def _from_file(path: str | os.PathLike[str], max_value: int | None, apply_exif: 
     except _DECODER_FAILURES as error:
         raise _decoder_failure(name, error) from error
     with image:
-        return _from_pillow(image, name, max_value, apply_exif)
+        return _from_pillow(image, name, layout, max_value, apply_exif)
 
 
 def _decoder_failure(name: str, error: BaseException) -> ImageError:
@@ -175,7 +188,8 @@ def _decoder_failure(name: str, error: BaseException) -> ImageError:
     )
 
 
-def _from_pillow(image: Image.Image, name: str, max_value: int | None, apply_exif: bool) -> Tensor:
+def _from_pillow(image: Image.Image, name: str, layout: _Layout, max_value: int | None, apply_exif: bool) -> Tensor:
+    layout = layout._replace(reverse=False)  # Pillow knows
     # The description of the tiles is gone once the pixels are loaded.
     cut_to_8_bits = image.mode in _DIRECT_MODES | _CONVERSIONS.keys() and any(
         _SIXTEEN_BITS.search(str(tile[3])) for tile in getattr(image, "tile", ())
@@ -197,17 +211,17 @@ def _from_pillow(image: Image.Image, name: str, max_value: int | None, apply_exi
     if pixels.size == 0:
         raise ImageError(f"{name}: has no pixels (width {image.width}, height {image.height}); give an image that has")
     if image.mode in _DIRECT_MODES:
-        return _from_uint8(pixels, reverse=False)
+        return _from_uint8(pixels, layout)
     if image.mode == "F":
-        return _from_floats(pixels, name, reverse=False)
+        return _from_floats(pixels, name, layout)
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow has brought the values of a PGM file from its header's maximum to 65535.
         white = _UINT16_MAX if max_value is None or image.format == "PPM" else int(max_value)
-        return _from_integers(pixels, name, white, reverse=False)
+        return _from_integers(pixels, name, white, layout)
     raise ImageError(f"{name}: has Pillow's mode {image.mode}; convert it with image.convert('RGB') or ImageCms first")
 
 
-def _from_tensor(tensor: Tensor, channel_order: str, max_value: int | None) -> Tensor:
+def _from_tensor(tensor: Tensor, layout: _Layout, max_value: int | None) -> Tensor:
     name = f"tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise ImageError(f"{name}: is sparse, quantized or without data; expected a dense tensor that holds an image")
@@ -221,10 +235,10 @@ def _from_tensor(tensor: Tensor, channel_order: str, max_value: int | None) -> T
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.to(torch.float32)
     array = tensor.numpy(force=True)
-    return _from_pixels(array.transpose(1, 2, 0) if array.ndim == 3 else array, name, channel_order, max_value)
+    return _from_pixels(array.transpose(1, 2, 0) if array.ndim == 3 else array, name, layout, max_value)
 
 
-def _from_array(array: NDArray[np.generic], channel_order: str, max_value: int | None) -> Tensor:
+def _from_array(array: NDArray[np.generic], layout: _Layout, max_value: int | None) -> Tensor:
     name = f"array of shape {array.shape} and dtype {array.dtype}"
     if array.ndim == 4:
         raise ImageError(f"{name}: is a batch; give its images one by one, as in list(array) or array[0]")
@@ -233,67 +247,78 @@ def _from_array(array: NDArray[np.generic], channel_order: str, max_value: int |
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
         hint = "; turn (C, H, W) with array.transpose(1, 2, 0)" if array.shape[0] in (1, 3, 4) else ""
         raise ImageError(f"{name}: expected (H, W), or (H, W, C) with 1, 3 or 4 channels{hint}")
-    return _from_pixels(array, name, channel_order, max_value)
+    return _from_pixels(array, name, layout, max_value)
 
 
-def _from_pixels(pixels: NDArray[np.generic], name: str, channel_order: str, max_value: int | None) -> Tensor:
+def _from_pixels(pixels: NDArray[np.generic], name: str, layout: _Layout, max_value: int | None) -> Tensor:
     """``(H, W)`` or ``(H, W, C)`` with 1, 3 or 4 channels, of any dtype."""
     if pixels.size == 0:
         raise ImageError(f"{name}: has no pixels; give an image that has")
-    reverse = channel_order == "bgr"
     kind, width = pixels.dtype.kind, pixels.dtype.itemsize
     if (kind, width) == ("u", 1):
-        return _from_uint8(pixels, reverse)
+        return _from_uint8(pixels, layout)
     if (kind, width) == ("u", 2):
         if max_value is None:
             raise ImageError(
                 f"{name}: 16-bit pixels need max_value, the value that white has: 1023, 4095 or 65535 for a camera of "
                 f"10, 12 or 16 bits"
             )
-        return _from_integers(pixels, name, int(max_value), reverse)
+        return _from_integers(pixels, name, int(max_value), layout)
     if kind == "f":
-        return _from_floats(pixels, name, reverse)
+        return _from_floats(pixels, name, layout)
     raise ImageError(
         f"{name}: expected uint8, uint16 with max_value, or floating point in [0, 1]"
         + ("; multiply a mask by 255 as uint8" if kind == "b" else "; cast to the one that fits the values")
     )
 
 
-def _planes(pixels: NDArray[np.generic], reverse: bool) -> NDArray[np.generic]:
+def _planes(pixels: NDArray[np.generic], layout: _Layout) -> NDArray[np.generic]:
     """A view ``(3, H, W)``, or ``(1, H, W)`` for grey, without alpha."""
     if pixels.ndim == 2:
         return pixels[None]
     colours = pixels[..., :3].transpose(2, 0, 1)
-    return colours[::-1] if reverse else colours
+    return colours[::-1] if layout.reverse else colours
 
 
-def _empty(pixels: NDArray[np.generic], dtype: torch.dtype) -> Tensor:
-    return torch.empty((3, *pixels.shape[:2]), dtype=dtype)
+def _empty(pixels: NDArray[np.generic], dtype: torch.dtype, layout: _Layout) -> Tensor:
+    height, width = pixels.shape[:2]
+    if layout.channels_last:
+        return torch.empty((height, width, 3), dtype=dtype).permute(2, 0, 1)
+    return torch.empty((3, height, width), dtype=dtype)
 
 
-def _from_uint8(pixels: NDArray[np.generic], reverse: bool) -> Tensor:
-    image = _empty(pixels, torch.uint8)
-    image.numpy()[...] = _planes(pixels, reverse)
+def _copy(planes: NDArray[np.generic], target: NDArray[np.generic]) -> None:
+    if planes.strides == target.strides:
+        target[...] = planes
+    else:
+        # At once, NumPy could take the three channels of a pixel for its inner loop.
+        for plane, into in zip(np.broadcast_to(planes, target.shape), target, strict=True):
+            into[...] = plane
+
+
+def _from_uint8(pixels: NDArray[np.generic], layout: _Layout) -> Tensor:
+    image = _empty(pixels, torch.uint8, layout)
+    _copy(_planes(pixels, layout), image.numpy())
     return image
 
 
-def _from_integers(pixels: NDArray[np.generic], name: str, white: int, reverse: bool) -> Tensor:
-    planes = _planes(pixels, reverse)
+def _from_integers(pixels: NDArray[np.generic], name: str, white: int, layout: _Layout) -> Tensor:
+    planes = _planes(pixels, layout)
     lowest, highest = int(planes.min()), int(planes.max())
     if lowest < 0 or highest > white:
         raise ImageError(
             f"{name}: values from {lowest} to {highest} where white (max_value) is {white}; expected 0 to {white}, so "
             f"state the max_value of the camera's bit depth"
         )
-    image = _empty(pixels, torch.float32)
+    image = _empty(pixels, torch.float32, layout)
     np.divide(planes, np.float32(white), out=image.numpy(), dtype=np.float32, casting="unsafe")
     return image
 
 
-def _from_floats(pixels: NDArray[np.generic], name: str, reverse: bool) -> Tensor:
-    image = _empty(pixels, torch.float32)
+def _from_floats(pixels: NDArray[np.generic], name: str, layout: _Layout) -> Tensor:
+    image = _empty(pixels, torch.float32, layout)
     with np.errstate(over="ignore"):
-        image.numpy()[...] = _planes(pixels, reverse)
+        _copy(_planes(pixels, layout), image.numpy())
     lowest, highest = float(image.amin()), float(image.amax())
     if not np.isfinite((lowest, highest)).all():
         raise ImageError(f"{name}: holds NaN or infinity; find out where they come from, or replace them")
