@@ -236,7 +236,7 @@ class _Convolution:
     """A convolution with ReLU, and perhaps pooling, of the patch description networks."""
 
     def __init__(self, parameters: _Parameters, *, padding: int, pool: bool, pool_padding: int, groups: int) -> None:
-        algorithm = ops.cpu_algorithm("conv_pool", parameters.kernel_size, parameters.weight.shape[1])
+        algorithm = ops.cpu_algorithm("conv_pool", parameters.kernel_size, pool=pool)
         self.packed = torch.ops.efficientad_fast.conv_pool.pack(
             parameters.weight.float(), groups=groups, algorithm=algorithm
         )
@@ -288,7 +288,7 @@ class _Distance:
         self.packed = torch.ops.efficientad_fast.feature_distance.pack(
             first.weight.float(),
             second.weight.float(),
-            algorithm=ops.cpu_algorithm("feature_distance", filtered, first.weight.shape[1]),
+            algorithm=ops.cpu_algorithm("feature_distance", filtered),
         )
         self.bias = (first.bias - second.bias).float()
 
@@ -397,7 +397,7 @@ class OperatorPlan(Plan):
         decoder = [_Parameters.of(network, f"decoder.deconv{layer}") for layer in range(1, 8)]
         sizes = [*Decoder.step_sizes(self.size), feature_size(self.size, padding=self._padded)]
         algorithms = ["direct"] * 6 + [
-            ops.cpu_algorithm("autoencoder", one.kernel_size, one.weight.shape[1], outputs=height * width)
+            ops.cpu_algorithm("autoencoder", one.kernel_size, outputs=height * width)
             for one, (height, width) in zip(decoder, sizes, strict=True)
         ]
         packed = [
@@ -412,11 +412,12 @@ class OperatorPlan(Plan):
             if self._folded is not None and all(map(_is_same, self._folded[0], statistics)):
                 return self._folded[1]
             mean, std = statistics
-            teacher = self._teacher_last
-            if mean is not None and std is not None:
-                teacher = teacher.normalised(mean, std)
-            made = _Distance(teacher, self._student_last)
-            kept = (None if mean is None else mean.detach().clone(), None if std is None else std.detach().clone())
+            with _ordinary_tensors():
+                teacher = self._teacher_last
+                if mean is not None and std is not None:
+                    teacher = teacher.normalised(mean, std)
+                made = _Distance(teacher, self._student_last)
+                kept = (None if mean is None else mean.detach().clone(), None if std is None else std.detach().clone())
             self._folded = (kept, made)
             return made
 
@@ -434,7 +435,8 @@ class OperatorPlan(Plan):
                 self._free.popitem(last=False)
             bound = free.pop() if free else None
         if bound is None or bound.distance is not distance:
-            bound = self._bind(key, distance)
+            with _ordinary_tensors():
+                bound = self._bind(key, distance)
         bound.image.copy_(batch)
         yield bound
         with self._lock:
@@ -484,6 +486,13 @@ class OperatorPlan(Plan):
 
 _SHAPES_KEPT = 2
 """Shapes of batches whose buffers a plan keeps: a folder's batches and its last, smaller one."""
+
+
+@contextlib.contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """What is made in inference mode could not be written to outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _is_same(known: Tensor | None, given: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ constexpr int kLanes = EFFICIENTAD_FAST_LANES;
 // Rows and vectors of products that stay in registers, beside the two vectors of weights and the number they multiply.
 constexpr int kMostRows = EFFICIENTAD_FAST_REGISTERS == 32 ? 14 : 6;
 constexpr int kWide = 2;
+constexpr int kFewChannels = 4;
 
 // std::min, compiled for this level.
 inline int64_t smaller(int64_t a, int64_t b) {
@@ -27,9 +28,10 @@ inline __attribute__((always_inline)) void store(float* to, Vector vector) {
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// M[row][...] = sum over channels of V[channel][row] * U[channel][...], for kWide vectors of outputs. Meanwhile `lines`
+// M[row][...] = sum over channels of V[channel][row] * U[channel][...], for kWide vectors of outputs, and the first
+// CHANNELS of each chunk (the others hold zeros). Meanwhile `lines`
 // cache lines a chunk are fetched from `ahead`: weights come from beyond the second-level cache.
-template <int ROWS>
+template <int ROWS, int CHANNELS>
 __attribute__((noinline)) void multiply_rows(const float* v, int64_t chunk_stride, const float* u, int64_t chunks,
                                              float* m, const float* ahead, int64_t lines) {
   Vector sum[ROWS][kWide];
@@ -45,7 +47,7 @@ __attribute__((noinline)) void multiply_rows(const float* v, int64_t chunk_strid
       __builtin_prefetch(ahead, 0, 2);
     }
 #pragma GCC unroll 4
-    for (int channel = 0; channel < kChunk; ++channel, u += kPanel) {
+    for (int channel = 0; channel < CHANNELS; ++channel, u += kPanel) {
       const Vector first = load(u), second = load(u + kLanes);
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row) {
@@ -64,20 +66,21 @@ __attribute__((noinline)) void multiply_rows(const float* v, int64_t chunk_strid
   }
 }
 
-template <int ROWS>
+template <int CHANNELS, int ROWS>
 inline void multiply_rest(int64_t rows, const float* v, int64_t chunk_stride, const float* u, int64_t chunks, float* m,
                           const float* ahead, int64_t lines) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      multiply_rows<ROWS>(v, chunk_stride, u, chunks, m, ahead, lines);
+      multiply_rows<ROWS, CHANNELS>(v, chunk_stride, u, chunks, m, ahead, lines);
     } else {
-      multiply_rest<ROWS - 1>(rows, v, chunk_stride, u, chunks, m, ahead, lines);
+      multiply_rest<CHANNELS, ROWS - 1>(rows, v, chunk_stride, u, chunks, m, ahead, lines);
     }
   }
 }
 
 // One plane of a block, all outputs of a panel. Rows are shared out evenly: 13 + 13 rather than 14 + 12.
-inline void multiply(const float* v, int64_t rows, const float* u, int64_t chunks, float* m) {
+template <int CHANNELS>
+void multiply(const float* v, int64_t rows, const float* u, int64_t chunks, float* m) {
   const int64_t parts = (rows + kMostRows - 1) / kMostRows;
   constexpr int kColumns = kPanel / (kWide * kLanes);
   // The next plane's weights lie behind these; each part fetches its share.
@@ -87,7 +90,7 @@ inline void multiply(const float* v, int64_t rows, const float* u, int64_t chunk
     const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
     for (int column = 0; column < kColumns; ++column, ahead += lines * chunks * kChunk) {
       const int64_t at = column * kWide * kLanes;
-      multiply_rest<kMostRows>(count, v + first * kChunk, rows * kChunk, u + at, chunks, m + first * kPanel + at, ahead,
+      multiply_rest<CHANNELS, kMostRows>(count, v + first * kChunk, rows * kChunk, u + at, chunks, m + first * kPanel + at, ahead,
                                lines);
     }
   }
@@ -509,12 +512,15 @@ void run_filtered(const Work& work, const Block& block, float* room) {
       }
     }
   }
+  // An image's three channels leave most of their only chunk empty.
+  const bool few = M != 1 && chunks == 1 && work.sources[0].channels <= kFewChannels;
   const int64_t plane_numbers = work.packed.depth * kPanel;
   for (int64_t panel = 0; panel < work.packed.panels; ++panel) {
     const float* const u =
         work.packed.data + (block.group * work.packed.panels + panel) * planes * plane_numbers;
     for (int64_t plane = 0; plane < planes; ++plane) {
-      multiply(v + plane * v_plane, block.rows, u + plane * plane_numbers, chunks, m + plane * m_plane);
+      const auto multiplied = few ? multiply<kFewChannels> : multiply<kChunk>;
+      multiplied(v + plane * v_plane, block.rows, u + plane * plane_numbers, chunks, m + plane * m_plane);
     }
     if constexpr (M == 1) {
       finish_outputs(work, block, panel, m, squares);

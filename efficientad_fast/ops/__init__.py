@@ -144,16 +144,19 @@ def choices() -> dict[str, dict[str, list[str]]]:
     return cast(dict[str, dict[str, list[str]]], _table()["cuda"])
 
 
-def cpu_algorithm(operator: str, kernel_size: int, channels: int, outputs: int | None = None) -> str:
+def cpu_algorithm(operator: str, kernel_size: int, *, pool: bool = False, outputs: int | None = None) -> str:
     """The table's algorithm for packing a convolution for the CPU kernels: see `efficientad_fast.ops.packing`.
 
     Args:
-        channels: that each group reads. With few of them, or few outputs, transforms cost more than they save.
-        outputs: pixels of an image's result, where they are known.
+        pool: whether what it makes is averaged, its rounding errors with it.
+        outputs: pixels of an image's result, where they are known; for few of them, weights cost more than products.
     """
     known = _table()["cpu"]
-    few = channels < known["fewest_channels"] or (outputs is not None and outputs < known["fewest_outputs"])
-    return "direct" if few else str(known[operator].get(str(kernel_size), "direct"))
+    if outputs is not None and outputs < known["fewest_outputs"]:
+        return "direct"
+    by_kernel: dict[str, str] = known[operator]
+    plain = by_kernel.get(str(kernel_size), "direct")
+    return by_kernel.get(f"{kernel_size} pooled", plain) if pool else plain
 
 
 @_Once

@@ -1,0 +1,216 @@
+"""The plan that runs as operators, against the plain networks in float64, and what it promises beside its numbers."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_close
+from tolerances import EXACT, tolerance
+from torch import Tensor, nn
+
+from efficientad_fast import native
+from efficientad_fast.errors import BackendError, InputError
+from efficientad_fast.plan import OperatorPlan, PlanInput, ReferencePlan, build_plan
+from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
+
+pytestmark = pytest.mark.skipif(not native.is_built("cpu"), reason=f"no CPU library: {native.why_not_built('cpu')}")
+
+CPU = torch.device("cpu")
+CHANNELS = 48
+
+
+def source(model_size: str = "s", *, padding: bool = False, size: tuple[int, int] = (256, 256)) -> PlanInput:
+    """Networks with few outputs, whose activations keep their size from layer to layer."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        teacher = PatchDescriptionNetwork(model_size, CHANNELS, padding=padding)
+        student = PatchDescriptionNetwork(model_size, 2 * CHANNELS, padding=padding)
+        autoencoder = Autoencoder(CHANNELS, padding=padding)
+        for layer in (*teacher.modules(), *student.modules(), *autoencoder.modules()):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.uniform_(layer.bias, -0.1, 0.1)
+        features = teacher.eval()(torch.randn(1, 3, 256, 256))
+    mean, std = features.mean((0, 2, 3), keepdim=True), features.std((0, 2, 3), keepdim=True)
+    return PlanInput(teacher, student.eval(), autoencoder.eval(), mean, std, None, "resized", False, size)
+
+
+def images(count: int = 1, size: tuple[int, int] = (256, 256), seed: int = 9) -> Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def plain() -> PlanInput:
+    return source()
+
+
+@pytest.fixture(scope="module")
+def plan(plain: PlanInput) -> OperatorPlan:
+    return OperatorPlan(plain, CPU, torch.float32)
+
+
+def assert_maps(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], quantity: str = "winograd map") -> None:
+    for name, one, other in zip(("map_st", "map_ae"), actual, expected, strict=True):
+        assert_close(one, other, tolerance(quantity, torch.float32), name)
+
+
+@pytest.mark.parametrize(
+    ("model_size", "size", "count", "padding"),
+    [
+        ("s", (256, 256), 1, False),
+        ("s", (271, 323), 2, False),
+        ("s", (265, 256), 1, True),
+        ("m", (256, 265), 1, False),
+        ("m", (257, 256), 1, True),
+    ],
+)
+def test_maps_are_those_of_the_networks(model_size: str, size: tuple[int, int], count: int, padding: bool) -> None:
+    planned = source(model_size, padding=padding, size=size)
+    batch = images(count, size)
+    trusted = ReferencePlan(planned, CPU, torch.float64).raw_maps(batch)
+    assert_maps(OperatorPlan(planned, CPU, torch.float32).raw_maps(batch), trusted)
+
+
+def test_a_student_that_nearly_equals_its_teacher(plain: PlanInput) -> None:
+    """As after training: what is left of T' - S is small beside T' and S, so their errors weigh more."""
+    teacher, student = plain.teacher, PatchDescriptionNetwork("s", 2 * CHANNELS).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name in ("conv1", "conv2", "conv3"):
+            student.get_submodule(name).load_state_dict(teacher.get_submodule(name).state_dict())
+        std = plain.teacher_std.flatten()[:, None, None, None]
+        weight = teacher.conv4.weight / std
+        noise = 0.05 * weight.std() * torch.randn(weight.shape, generator=generator)
+        bias = (teacher.conv4.bias - plain.teacher_mean.flatten()) / std.flatten()
+        student.conv4.weight.copy_(torch.cat([weight + noise, weight]))
+        student.conv4.bias.copy_(torch.cat([bias, bias]))
+    planned = replace(plain, student=student)
+    features = ReferencePlan(plain, CPU, torch.float64)
+    trusted = ReferencePlan(planned, CPU, torch.float64).raw_maps(images())
+    assert trusted[0].mean() < 0.05 * features.raw_maps(images())[0].mean()  # it does cancel
+    assert_maps(OperatorPlan(planned, CPU, torch.float32).raw_maps(images()), trusted)
+
+
+def test_the_plan_that_is_built_by_default(plain: PlanInput) -> None:
+    assert type(build_plan(plain, CPU, torch.float32)) is OperatorPlan
+    assert type(build_plan(plain, CPU, torch.float32, backend="reference")) is ReferencePlan
+    assert type(build_plan(plain, CPU, torch.float64)) is ReferencePlan
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "reason"),
+    [
+        ({}, torch.float64, "float32 on the CPU alone, not in torch.float64 on cpu"),
+        ({"teacher": nn.Conv2d(3, CHANNELS, 33, stride=4)}, torch.float32, "are not PatchDescriptionNetwork"),
+    ],
+)
+def test_operators_that_cannot_run_say_why(
+    plain: PlanInput, changes: dict[str, Any], dtype: torch.dtype, reason: str
+) -> None:
+    with pytest.raises(BackendError, match=f"'operators' was asked for, but .*{reason}.* Use backend='auto'"):
+        build_plan(replace(plain, **changes), CPU, dtype, backend="operators")
+
+
+def test_too_small_an_image_is_refused_as_by_the_networks(plan: OperatorPlan) -> None:
+    with pytest.raises(InputError, match=r"255x300 pixels, but each side must be at least 256"):
+        plan.raw_maps(images(1, (255, 300)))
+
+
+def test_an_empty_batch(plan: OperatorPlan) -> None:
+    assert [one.shape for one in plan.raw_maps(images(0))] == [(0, 1, 56, 56)] * 2
+
+
+def test_bits_depend_neither_on_threads_nor_on_the_batch(plan: OperatorPlan) -> None:
+    batch = images(3)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(plan.raw_maps(batch))
+        torch.set_num_threads(2)
+        alone = [plan.raw_maps(one) for one in batch.split(1)]
+    finally:
+        torch.set_num_threads(before)
+    together = (torch.cat([st for st, _ in alone]), torch.cat([ae for _, ae in alone]))
+    for other in (*found[1:], together):
+        for name, one, same in zip(("map_st", "map_ae"), found[0], other, strict=True):
+            assert_close(one, same, EXACT, name)
+
+
+def test_layouts_and_dtypes_of_the_batch(plan: OperatorPlan) -> None:
+    batch = images(2)
+    expected = plan.raw_maps(batch)
+    strided = torch.zeros(2, 3, 256, 512)[..., ::2]
+    strided.copy_(batch)
+    for other in (batch.to(memory_format=torch.channels_last), strided, batch.double()):
+        assert_maps(plan.raw_maps(other), expected, "map")
+
+
+def test_results_are_the_callers_own(plan: OperatorPlan) -> None:
+    first = plan.raw_maps(images(seed=1))
+    kept = [one.clone() for one in first]
+    plan.raw_maps(images(seed=2))
+    for one, same in zip(first, kept, strict=True):
+        assert_close(one, same, EXACT, "map")
+        one.zero_()
+    assert plan.raw_maps(images(seed=1))[0].sum() > 0
+
+
+def test_inference_mode_and_none_take_turns(plan: OperatorPlan) -> None:
+    with torch.inference_mode():
+        inside = plan.raw_maps(images(2, seed=5))
+    assert_maps(plan.raw_maps(images(2, seed=5)), inside, "map")
+
+
+def test_nan_reaches_all_that_it_reaches_in_the_networks(plain: PlanInput, plan: OperatorPlan) -> None:
+    batch = images(2)
+    batch[1, 2, 130, 77] = float("nan")
+    expected = ReferencePlan(plain, CPU, torch.float32).raw_maps(batch)
+    for one, trusted in zip(plan.raw_maps(batch), expected, strict=True):
+        assert one[trusted.isnan()].isnan().all()
+        assert one[0].isfinite().all()
+
+
+def test_statistics_of_a_call_take_the_place_of_the_plans(plain: PlanInput, plan: OperatorPlan) -> None:
+    assert plain.teacher_mean is not None and plain.teacher_std is not None
+    other = (plain.teacher_mean + 0.3, 1.7 * plain.teacher_std)
+    planned = replace(plain, teacher_mean=other[0], teacher_std=other[1])
+    expected = OperatorPlan(planned, CPU, torch.float32).raw_maps(images())
+    own = plan.raw_maps(images())
+    for _ in range(2):
+        assert_maps(plan.raw_maps(images(), statistics=other), expected, "map")
+        assert_maps(plan.raw_maps(images()), own, "map")
+    other[0].zero_()  # the plan does not hold the caller's tensors
+    assert_maps(
+        plan.raw_maps(images(), statistics=other),
+        ReferencePlan(plain, CPU, torch.float64).raw_maps(images(), statistics=other),
+    )
+
+
+def test_several_threads_get_the_same_numbers(plan: OperatorPlan) -> None:
+    batches = [images(1 + seed % 2, (256, 256 + 16 * (seed % 3)), seed) for seed in range(6)]
+    expected = [plan.raw_maps(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(plan.raw_maps, batches * 2))
+    for one, other in zip(found, expected * 2, strict=True):
+        assert_maps(one, other, "map")
+
+
+@pytest.mark.parametrize("model_size", ["s", "m"])
+def test_memory_of_a_prediction(model_size: str) -> None:
+    """Under 150 MB beside the weights at batch 1, and nothing new from the second prediction on."""
+    plan = OperatorPlan(source(model_size), CPU, torch.float32)
+    assert plan.memory(images())["workspace"] < 150e6
+
+    def buffers() -> list[int]:
+        with plan.steps(images()) as steps:
+            return [one.data_ptr() for step in steps for one in (*step.inputs, step.out)]
+
+    first = buffers()
+    plan.raw_maps(images())
+    assert buffers() == first
