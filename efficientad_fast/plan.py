@@ -196,6 +196,7 @@ class Step(NamedTuple):
         layer: what it computes, such as ``conv2`` or ``map_st``.
         inputs: the activations that it reads.
         packed: its weights.
+        settings: its other arguments.
         out: what it writes.
         run: does it.
     """
@@ -203,6 +204,7 @@ class Step(NamedTuple):
     layer: str
     inputs: tuple[Tensor, ...]
     packed: Sequence[Tensor]
+    settings: dict[str, int]
     out: Tensor
     run: Callable[[], None]
 
@@ -269,7 +271,7 @@ class _Convolution:
             out=out,
             workspace=workspace,
         )
-        return Step(layer, (image,), [self.packed], out, run)
+        return Step(layer, (image,), [self.packed], self.settings, out, run)
 
 
 class _Distance:
@@ -303,7 +305,7 @@ class _Distance:
             out=out,
             workspace=workspace,
         )
-        return Step(layer, (first, second), [self.packed], out, run)
+        return Step(layer, (first, second), [self.packed], self.settings, out, run)
 
 
 @dataclass(frozen=True)
@@ -478,7 +480,7 @@ class OperatorPlan(Plan):
             out=hidden,
             workspace=workspace,
         )
-        steps.append(Step("autoencoder", (image,), self._autoencoder, hidden, run))
+        steps.append(Step("autoencoder", (image,), self._autoencoder, {}, hidden, run))
         steps.append(distance.step("map_st", teacher, student, map_st, workspace))
         steps.append(self._map_ae.step("map_ae", hidden, student, map_ae, workspace))
         return _Bound(distance, image, map_st, map_ae, workspace, steps)
