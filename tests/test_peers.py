@@ -292,6 +292,7 @@ def test_from_the_command_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "EfficientAD-S, batch 1, 256 x 260, 1 thread" in shown and "round 1 of 1" in shown
     written = json.loads(out.read_text())
+    assert written["command"].startswith("python -m benchmarks.peers --detector ")
     ours, eager = written["contests"][0]["results"]
     assert (ours["name"], eager["name"]) == (OURS, "eager")
     for row in (ours, eager):

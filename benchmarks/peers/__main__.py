@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     console = Console(highlight=False, width=WIDTH)
     try:
-        contests = run(chosen, console)
+        contests = run(chosen, list(sys.argv[1:] if arguments is None else arguments), console)
     except EfficientADError as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 2
@@ -103,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(one.counts for one in ours) else 1
 
 
-def run(chosen: argparse.Namespace, console: Console) -> list[Contest]:
+def run(chosen: argparse.Namespace, given: Sequence[str], console: Console) -> list[Contest]:
     """Every combination of the options, shown and written as soon as it is there."""
-    command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.peers", *given])
     facts: dict[str, Any] = {"command": command, "machine": machine(), "seed": chosen.seed}
     facts["detector"] = None if chosen.detector is None else str(chosen.detector)
     contests: list[Contest] = []
@@ -159,7 +159,10 @@ def compete_for(
             np.save(folder / "calibration.npy", calibration.numpy())
         if any(one.needs_onnx for one in present):
             console.print(f"{empty.title}: exporting to ONNX")
-            export(detector, batch, folder / "model.onnx")
+            try:
+                export(detector, batch, folder / "model.onnx")
+            except Exception as error:  # those who need the file will say that it is missing; the others go on
+                console.print(f"{empty.title}: could not be exported: {error}", markup=False, soft_wrap=True)
         tasks = []
         for one in names:
             (folder / one).mkdir()

@@ -154,7 +154,7 @@ def as_json(facts: dict[str, Any], contests: Sequence[Contest]) -> dict[str, Any
 def _row(contest: Contest, one: Result) -> dict[str, Any]:
     percentiles = {
         name: one.percentile(percent) if one.times else None
-        for name, percent in (("median", 50), ("p10", 10), ("p90", 90))
+        for name, percent in (("median", 50), ("min", 0), ("p10", 10), ("p90", 90))
     }
     return {
         "name": one.name,
