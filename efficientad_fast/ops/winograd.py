@@ -1,8 +1,8 @@
 """Winograd's minimal filtering: the matrices of F(m, r), exactly.
 
 Source: Winograd 1980; Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
-``y = A^T ((G g) * (B^T d))`` holds m outputs of a correlation of ``d`` with r taps ``g``, from the values of polynomials
-at m + r - 1 points. csrc/cpu/winograd.h derives the same at compile time and explains it.
+``y = A^T ((G g) * (B^T d))`` holds m outputs of a correlation of ``d`` with r taps ``g``, from values of polynomials at
+m + r - 1 points. csrc/cpu/winograd.h derives the same at compile time and explains it.
 """
 
 from __future__ import annotations
