@@ -324,8 +324,9 @@ inline void gather_outputs(const Work& work, const Source& source, const Block& 
       const int64_t y = out_y * work.stride - source.padding, x = out_x * work.stride - source.padding;
       const bool inside =
           y >= 0 && x >= 0 && y + source.kernel <= source.height && x + source.kernel <= source.width;
-      // The row below the last one that is read exists, so that reading too far stays in the image.
-      if (brief && inside && y + source.kernel < source.height) {
+      // The row below the last one that is read exists, and with it enough numbers, so that reading too far stays in the
+      // image.
+      if (brief && inside && y + source.kernel < source.height && source.row + taps >= kChunk) {
         float taken[kMostTaps + kChunk] = {};
         const float* from = image + y * source.row + x * source.pixel;
         for (int64_t i = 0; i < source.kernel; ++i, from += source.row) {
