@@ -73,7 +73,8 @@ gpu-check:
 # What is preloaded must come before all that allocates or throws. Leaks are not looked for: Python and PyTorch keep
 # memory until the end by design. pytest must not hold back what a process says that ends here.
 SANITIZED := $(CURDIR)/build/sanitize
-SANITIZED_TESTS := $(addprefix tests/test_,operators.py native.py preprocess.py quantile.py maps.py plan.py detector.py)
+SANITIZED_TESTS := $(addprefix tests/test_,operators.py convolutions.py winograd.py autoencoder.py native.py \
+                     preprocess.py quantile.py maps.py plan.py operator_plan.py detector.py)
 
 sanitize: $(TESTS)
 	EFFICIENTAD_FAST_BUILD=cpu EFFICIENTAD_FAST_SANITIZE=address,undefined,float-cast-overflow $(BIN)/python setup.py \

@@ -79,7 +79,8 @@ def predict(
         student: makes ``(N, 2C, h, w)``; the first C channels predict the teacher, the others the autoencoder.
         autoencoder: makes ``(N, C, h, w)``.
         teacher_mean, teacher_std: ``(1, C, 1, 1)``, the teacher's channel statistics. They and the quantiles may
-            differ from call to call; nothing is packed again for them.
+            differ from call to call. Quantiles are used as they come; statistics go into packed weights where kernels
+            run the networks, of which those of the last layer are made again for other values.
         q_st_start, q_st_end, q_ae_start, q_ae_end: quantiles. A map is normalised where its start is given. Equal
             start and end divide by zero, as in the original: the map holds infinities and NaN.
 
