@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -53,27 +54,27 @@ def calibrate(
     plan = detector.plan(device)
     convention, size, pad_maps = detector.map_convention, detector.size, detector.pad_maps
     original_sizes = []
-    with tempfile.TemporaryDirectory(prefix="efficientad_fast-") as folder:
-        spool: np.memmap | None = None
+    # A file and no map of one into memory, whose pages would count as this process's.
+    with tempfile.TemporaryFile(prefix="efficientad_fast-") as spool:
+        shape: tuple[int, ...] = ()
         for index, path in enumerate(validation):
             image = detector.preprocessing.decode(path)
             original_sizes.append((image.shape[-2], image.shape[-1]))
             raw = plan.raw_maps(detector.preprocessing(image).unsqueeze(0))
-            pair = torch.cat(raw).squeeze(1).float().cpu().numpy()
-            if spool is None:
-                spool = np.memmap(Path(folder) / "maps.f32", np.float32, "w+", shape=(len(validation), *pair.shape))
-            spool[index] = pair
+            pair = torch.cat(raw).float().cpu().numpy()
+            shape = pair.shape
+            spool.write(pair.tobytes())
             if progress:
                 progress(index + 1, len(validation))
-        assert spool is not None
-        stored = spool
 
         def raw_maps(index: int) -> tuple[Tensor, Tensor]:
-            map_st, map_ae = torch.from_numpy(np.array(stored[index]))[:, None, None]
-            return map_st, map_ae
+            bytes_of_pair = math.prod(shape) * np.dtype(np.float32).itemsize
+            spool.seek(index * bytes_of_pair)
+            pair = torch.frombuffer(bytearray(spool.read(bytes_of_pair)), dtype=torch.float32).reshape(shape)
+            return pair[:1], pair[1:]
 
         def one_map(which: int) -> Iterator[Tensor]:
-            for index in range(len(stored)):
+            for index in range(len(validation)):
                 raw = raw_maps(index)[which]
                 yield maps.resized_raw_map(raw, size, pad_maps=pad_maps) if convention == "resized" else raw
 
