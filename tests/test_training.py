@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from efficientad_fast import Detector, cli
+from efficientad_fast import Detector, Preprocessing, cli
 from efficientad_fast.data.folders import Dataset, open_dataset
 from efficientad_fast.errors import DatasetError, ImageError, InputError
 from efficientad_fast.reference.losses import hard_feature_loss
@@ -715,3 +715,31 @@ def test_a_step_descends_the_sum_of_the_terms_computed_by_hand(augmented: bool, 
 
 def test_the_quick_preset_is_valid() -> None:
     assert quick_training().crop is not None and quick_training(steps=7).steps == 7
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell")
+def test_calibration_holds_no_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,000 images, whose maps take 525 MB when resized."""
+    detector = small_detector()
+    generator = torch.Generator().manual_seed(0)
+
+    class RandomMaps:
+        scored_maps = detector.plan().scored_maps
+
+        def raw_maps(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            pair = torch.rand(2, 1, 1, 56, 56, generator=generator)
+            return pair[0], pair[1]
+
+    monkeypatch.setattr(Detector, "plan", lambda *_: plan)
+    monkeypatch.setattr(Preprocessing, "decode", lambda *_: torch.zeros(3, 256, 256, dtype=torch.uint8))
+    plan = RandomMaps()
+    calibrate(detector, [Path("image")] * 3)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = _peak_kib()
+    calibrate(detector, [Path("image")] * 1000)
+    assert _peak_kib() - before < 20 * 1024, "more than for 3 images"
+
+
+def _peak_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
