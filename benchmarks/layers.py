@@ -27,7 +27,7 @@ from benchmarks.peers.networks import plan_input, preprocessed_images, random_de
 from benchmarks.peers.report import machine, write
 from efficientad_fast.errors import BackendError
 from efficientad_fast.ops import packing
-from efficientad_fast.ops.autoencoder import layers
+from efficientad_fast.ops.autoencoder import CHANNELS, layers
 from efficientad_fast.plan import OperatorPlan, Step, build_plan
 from efficientad_fast.reference.networks import ModelSize
 
@@ -89,8 +89,7 @@ def work_of(step: Step) -> Work:
     if step.layer == "autoencoder":
         found = layers(step.inputs[0].shape[2:], (height, width))
         read, total = step.inputs[0].shape[1], Work(0, 0)
-        for layer, packed in zip(found, step.packed, strict=True):
-            outputs = 64 if packed.shape[1] == 2 else 32
+        for layer, packed, outputs in zip(found, step.packed, CHANNELS, strict=True):
             total += convolution(packed.shape[2], {layer.kernel: read}, outputs, *layer.out_size)
             read = outputs
         return Work(images * total.direct, images * total.done)

@@ -65,8 +65,15 @@ inline std::vector<int64_t> packed_shape(int64_t groups, int64_t outputs, int64_
   return {groups, panels_of(outputs), planes, depth_of(planes, sources), kPanel};
 }
 
+// A block of one place, with four outputs where they are pooled, must fit into a thread's workspace.
+inline void check_depth(const char* name, int64_t planes, int64_t depth) {
+  const int64_t most = kWorkspace / (4 * planes) - 128;
+  EFFICIENTAD_FAST_REQUIRE(depth <= most, name, "packed",
+                           "at most " + std::to_string(most) + " deep for " + std::to_string(planes) + " planes", depth);
+}
+
 // The number of planes that an algorithm gives, which 'auto' chooses.
-inline int64_t checked_planes(const char* name, const std::string& algorithm, const std::vector<Source>& sources) {
+inline int64_t planes_for(const char* name, const std::string& algorithm, const std::vector<Source>& sources) {
   const int64_t kernel = largest_kernel(sources);
   const std::string quoted = "'" + algorithm + "'";
   const bool known =
@@ -86,6 +93,12 @@ inline int64_t checked_planes(const char* name, const std::string& algorithm, co
   EFFICIENTAD_FAST_REQUIRE(fits_winograd(kernel), name, "algorithm",
                            "'auto' or 'direct' for a " + side + "x" + side + " kernel", quoted);
   return planes_of(algorithm == "winograd4" ? 4 : 6, kernel);
+}
+
+inline int64_t checked_planes(const char* name, const std::string& algorithm, const std::vector<Source>& sources) {
+  const int64_t planes = planes_for(name, algorithm, sources);
+  check_depth(name, planes, depth_of(planes, sources));
+  return planes;
 }
 
 inline void require_float32(const char* name, const char* argument, const Tensor& given) {
@@ -179,6 +192,7 @@ inline void check_packed(const char* name, const char* argument, const Tensor& g
   EFFICIENTAD_FAST_REQUIRE(found, name, argument, expected, shape_text(given));
   require_float32(name, argument, given);
   EFFICIENTAD_FAST_REQUIRE(given.is_contiguous(), name, argument, "contiguous", "strides " + text(given.strides()));
+  check_depth(name, given.size(2), given.size(3));
   require_device_of(name, first_name, first, argument, given);
 }
 

@@ -149,6 +149,8 @@ class Plan(ABC):
         if len(original_sizes) != len(batch):
             raise InputError(f"original_sizes must hold one size per image, {len(batch)}, got {len(original_sizes)}.")
         map_st, map_ae = self.raw_maps(batch)
+        if len(batch) == 0:
+            return map_st.new_empty(0).cpu(), []
         scores, scored = self.scored_maps(map_st, map_ae, self.quantiles, original_sizes)
         if self.map_convention == "resized":
             wanted = original_sizes if original_maps else [self.size] * len(scored)
@@ -231,7 +233,10 @@ class _Parameters(NamedTuple):
     def normalised(self, mean: Tensor, std: Tensor) -> _Parameters:
         """With which the convolution's output is ``(output - mean) / std``."""
         mean, std = mean.detach().double().flatten(), std.detach().double().flatten()
-        return _Parameters(self.weight / std[:, None, None, None], (self.bias - mean) / std)
+        # Divided by zero, all of a channel is infinite; infinite weights would make it NaN.
+        scale = torch.where(std == 0, 0, 1 / std)[:, None, None, None]
+        bias = torch.where(std == 0, math.inf, (self.bias - mean) / std)
+        return _Parameters(self.weight * scale, bias)
 
 
 class _Convolution:
@@ -357,7 +362,8 @@ class OperatorPlan(Plan):
         # Drop-in callers pass statistics each time; what was folded and packed for the last ones is kept.
         self._statistics = (source.teacher_mean, source.teacher_std)
         self._folded: tuple[tuple[Tensor | None, Tensor | None], _Distance] | None = None
-        self._map_st(self._statistics)
+        if source.teacher_mean is not None:
+            self._map_st(self._statistics)
         self._free: OrderedDict[tuple[int, int, int, int], list[_Bound]] = OrderedDict()
 
     @torch.no_grad()
@@ -426,9 +432,15 @@ class OperatorPlan(Plan):
     @contextlib.contextmanager
     def _bound(self, batch: Tensor, statistics: tuple[Tensor, Tensor] | None) -> Iterator[_Bound]:
         """The steps for such a batch, with it in their buffers; those of the shapes used last are kept for the next."""
-        distance = self._map_st(self._statistics if statistics is None else statistics)
+        if batch.ndim != 4 or batch.shape[1] != 3:
+            raise InputError(f"A batch must have shape (N, 3, H, W), got {tuple(batch.shape)}.")
         images, _, height, width = batch.shape
         require_admitted_size(height, width)
+        shape = (1, len(self._teacher_last.bias), 1, 1)
+        for name, one in zip(("mean", "std"), statistics or (), strict=False):
+            if one.shape != shape:
+                raise InputError(f"The teacher's {name} must have shape {shape}, got {tuple(one.shape)}.")
+        distance = self._map_st(self._statistics if statistics is None else statistics)
         key = (images, height, width, torch.get_num_threads())
         with self._lock:
             free = self._free.pop(key, [])
@@ -500,7 +512,7 @@ def _ordinary_tensors() -> Iterator[None]:
 def _is_same(known: Tensor | None, given: Tensor | None) -> bool:
     if known is None or given is None:
         return known is given
-    return known.shape == given.shape and bool((known == given).all())
+    return known.shape == given.shape and torch.equal(known.nan_to_num(), given.nan_to_num())
 
 
 def _channels_last(images: int, channels: int, height: int, width: int) -> Tensor:
@@ -578,4 +590,26 @@ def _why_no_operators(source: PlanInput, device: torch.device, dtype: torch.dtyp
         or type(source.autoencoder) is not Autoencoder
     ):
         return "the networks are not PatchDescriptionNetwork and Autoencoder of efficientad_fast.reference"
+    if not _are_unchanged(source):
+        return "layers of the networks are not those that their classes make"
     return None
+
+
+def _are_unchanged(source: PlanInput) -> bool:
+    """Whether all layers have the settings and shapes of new networks that fit each other."""
+    teacher, autoencoder = source.teacher, source.autoencoder
+    assert isinstance(teacher, PatchDescriptionNetwork) and isinstance(autoencoder, Autoencoder)
+    size, channels, padding = teacher.model_size, teacher.out_channels, teacher.padding
+    with torch.device("meta"):
+        new = (
+            PatchDescriptionNetwork(size, channels, padding=padding),
+            PatchDescriptionNetwork(size, 2 * channels, padding=padding),
+            Autoencoder(channels, padding=padding),
+        )
+    given = (teacher, source.student, autoencoder)
+    same_layers = all(_outline(one) == _outline(other) for one, other in zip(given, new, strict=True))
+    return same_layers and autoencoder.decoder.padding == padding
+
+
+def _outline(network: nn.Module) -> tuple[str, dict[str, torch.Size]]:
+    return repr(network), {name: parameter.shape for name, parameter in network.named_parameters()}

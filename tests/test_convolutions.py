@@ -12,12 +12,13 @@ from assertions import assert_close
 from cases import autoencoder as autoencoder_cases
 from cases import conv_pool as conv_pool_cases
 from cases import feature_distance as feature_distance_cases
-from convolution_cases import Change, channels_last
+from convolution_cases import Change, channels_last, signed
 from operator_cases import Case, on_tensors
-from tolerances import EXACT
+from tolerances import EXACT, tolerance
 from torch import Tensor
 
 from efficientad_fast import native, ops
+from efficientad_fast.ops import packing
 
 pytestmark = pytest.mark.skipif(not native.is_built("cpu"), reason="there is no CPU library")
 
@@ -128,3 +129,24 @@ def test_a_nan_reaches_all_that_the_formula_says(make: Callable[..., Case]) -> N
         assert wanted.any()
         assert not (wanted & ~reached).any(), f"finite where the reference is NaN, with a NaN at {row}, {column}"
         assert not reached[:2].any()
+
+
+@pytest.mark.parametrize(("channels", "kernel", "pool"), [(8064, 3, False), (10560, 4, True), (524160, 1, True)])
+def test_the_deepest_weights_stay_within_a_thread_s_workspace(channels: int, kernel: int, pool: bool) -> None:
+    """One row, with NaN behind it."""
+    algorithm = {1: "direct", 3: "winograd6", 4: "winograd4"}[kernel]
+    deepest = packing.WORKSPACE // (4 * {1: 1, 3: 64, 4: 49}[kernel]) - 128
+    images = signed((1, channels, 5, 6), 0).contiguous(memory_format=torch.channels_last)
+    weight = signed((1, channels, kernel, kernel), 1) / channels
+    ops.load_implementation("cpu")
+    operator = torch.ops.efficientad_fast_cpu.conv_pool
+    packed = operator.pack(weight, algorithm=algorithm)
+    assert deepest - 16 < packed.shape[3] <= deepest
+    rows = torch.full((2, packing.WORKSPACE), math.nan)
+    expected = torch.nn.functional.conv2d(images.double(), weight.double())
+    if pool:
+        expected = torch.nn.functional.avg_pool2d(expected, 2)
+    out = torch.empty(expected.shape).contiguous(memory_format=torch.channels_last)
+    operator.out(images, packed, kernel_size=kernel, relu=False, pool=pool, out=out, workspace=rows[:1])
+    assert torch.isnan(rows[1]).all()
+    assert_close(out, expected, tolerance("conv_pool, F(6x6, 4x4)", torch.float32))

@@ -61,6 +61,7 @@ def check(
     size = _checked_size(input, kernel, padding, pool, pool_padding)
     if bias is not None:
         packing.check_bias("conv_pool", "bias", bias, outputs, "input", input)
+    packing.checked_planes("conv_pool", "auto", [Source(channels, kernel)])
     return size
 
 

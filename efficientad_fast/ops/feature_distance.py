@@ -66,15 +66,17 @@ def check(
     require(given, "feature_distance", "second", "given where weight_second is", "None")
     given = weight_second is not None or second is None
     require(given, "feature_distance", "weight_second", "given where second is", "None")
-    kernel_second = 0
+    kernel_second, sources = 0, [Source(*weight_first.shape[1:3])]
     if second is not None and weight_second is not None:
         _check_second_weight(weight_first, weight_second)
         require_one_device("feature_distance", "first", first.device, {"weight_second": weight_second})
         packing.check_channels("feature_distance", "second", second, weight_second.shape[1], "this weight_second")
         kernel_second = weight_second.shape[2]
+        sources.append(Source(*weight_second.shape[1:3]))
     size = _checked_size(first, second, weight_first.shape[2], kernel_second, padding_first, padding_second)
     if bias is not None:
         packing.check_bias("feature_distance", "bias", bias, weight_first.shape[0], "first", first)
+    packing.checked_planes("feature_distance", "auto", sources)
     return size
 
 

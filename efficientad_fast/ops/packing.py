@@ -11,7 +11,8 @@ Packed weights are ``(groups, panels, planes, depth, 32)`` float32, contiguous: 
   3 and ``"winograd4"`` for 4.
 
 Several convolutions whose results are added have their depths one after the other, and R is that of the largest kernel;
-a smaller one lies top left in it. The number of planes tells the algorithm.
+a smaller one lies top left in it. The number of planes tells the algorithm; nothing tells how many channels filled the
+depth up to a multiple of 16. Weights are at most ``2^19 / planes - 128`` deep.
 
 A workspace is ``(threads, numbers)`` in float32, contiguous: one row for each thread that may work. What it holds
 before and after means nothing.
@@ -79,7 +80,15 @@ def checked_planes(operator: str, algorithm: str, sources: Sequence[Source]) -> 
         algorithm = "direct" if direct else "winograd6" if kernel == 3 else "winograd4"
     fits = algorithm in fitting
     require(fits, operator, "algorithm", f"'auto' or 'direct' for a {kernel}x{kernel} kernel", repr(algorithm))
-    return fitting[algorithm]
+    planes = fitting[algorithm]
+    check_depth(operator, planes, packed_shape(1, 1, planes, sources)[3])
+    return planes
+
+
+def check_depth(operator: str, planes: int, depth: int) -> None:
+    """A block of one place, with four outputs where they are pooled, must fit into a thread's workspace."""
+    most = WORKSPACE // (4 * planes) - 128
+    require(depth <= most, operator, "packed", f"at most {most} deep for {planes} planes", depth)
 
 
 def pack(weights: Sequence[Tensor], groups: int, planes: int) -> Tensor:
@@ -210,6 +219,7 @@ def check_packed(
     require(tuple(given.shape) in shapes, operator, name, " or ".join(map(str, shapes)), tuple(given.shape))
     check_float32(operator, name, given)
     require(given.is_contiguous(), operator, name, "contiguous", f"strides {given.stride()}")
+    check_depth(operator, given.shape[2], given.shape[3])
     require_one_device(operator, first_name, first.device, {name: given})
 
 
