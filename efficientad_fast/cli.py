@@ -279,6 +279,8 @@ def predict(
         try:
             with _in_background(most=2 * batch_size) as start:
                 for index, prediction in enumerate(stream):
+                    # Before anything that may fail, such as an overlay started earlier.
+                    rows.append(dataclasses.replace(prediction, anomaly_map=None))
                     if prediction.error is not None:
                         errors.print(f"[red]failed:[/red] {escape(_printable(prediction.error))}", soft_wrap=True)
                     else:
@@ -287,7 +289,6 @@ def predict(
                         sys.stdout.flush()
                         if out is not None:
                             start(_write_overlay, prediction, detector, options, out, index)
-                    rows.append(dataclasses.replace(prediction, anomaly_map=None))
         finally:
             # Interrupted, too: what was predicted is not lost.
             if out is not None:

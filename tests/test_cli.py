@@ -69,7 +69,7 @@ def test_predict_reports_a_bad_file_and_predicts_the_others(model: Path, images:
     assert Image.open(out / overlays[0]).size == (40, 30)
 
 
-def test_an_overlay_that_cannot_be_written_ends_the_run_with_its_reason(
+def test_an_overlay_that_cannot_be_written_ends_the_run_with_its_reason_and_loses_no_prediction(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any) -> None:
@@ -79,7 +79,10 @@ def test_an_overlay_that_cannot_be_written_ends_the_run_with_its_reason(
     result = _run("predict", model, images, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
-    assert (tmp_path / "out" / "predictions.csv").is_file()
+    printed = [line.split("\t")[2] for line in result.stdout.splitlines()]
+    assert printed, "the first overlay is started after its line"
+    with (tmp_path / "out" / "predictions.csv").open(encoding="utf-8") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == printed
 
 
 def test_a_score_that_is_nan_fails(images: Path, tmp_path: Path) -> None:
