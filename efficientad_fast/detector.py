@@ -396,7 +396,8 @@ class Detector:
                   one :class:`Prediction`;
                 - a path to a folder (searched recursively, sorted), a list or tuple of single images, an array
                   ``(N, H, W, C)``, a tensor ``(N, C, H, W)``: a list;
-                - any other iterable: an iterator of predictions, in order, with bounded memory.
+                - any other iterable: an iterator of predictions, in order, with bounded memory. An image, its file
+                  too, is read before the next is asked for.
             batch_size: images that go through the networks together. A stream waits for that many.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
             dtype: of the networks: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"float64"``.
@@ -439,9 +440,9 @@ class Detector:
     ) -> Iterator[Prediction]:
         """Predictions one by one, in order; memory does not grow with their number.
 
-        Files are decoded ahead in threads while the networks run: a batch, and an image more for each thread. What else
-        is given is copied before the next is asked for, so that a camera may reuse its memory. Arguments as for
-        :meth:`predict`.
+        Images are decoded ahead while the networks run: a batch, and an image more for each thread. The files of a list
+        or tuple are decoded in several threads. Of any other iterable, each image is read before the next is asked for,
+        so that a camera may reuse its memory or its file. Arguments as for :meth:`predict`.
 
         Raises:
             InputError: an argument is off (at the call, not at the first ``next``).
@@ -557,9 +558,10 @@ def _decoding_ahead(
 ) -> Iterator[Iterator[_Decoded]]:
     """Decode in threads, in order, ahead of who takes the results. Errors of the iterable itself are raised.
 
-    One thread asks for the images and others decode files. An array or PIL image is decoded by the first before it
-    asks for the next: its memory, or the file that it is read from, may be the next one's too.
+    One thread asks for the images, and others decode the files of a list or tuple. All else is decoded by the first
+    before it asks for the next: an image's memory, or the file that it is read from, may be the next one's too.
     """
+    known_files = isinstance(images, list | tuple)
     threads = _decoding_threads()
     ready: queue.Queue[Future[_Decoded] | BaseException | None] = queue.Queue(maxsize=batch_size + threads)
     stopped = threading.Event()
@@ -578,7 +580,7 @@ def _decoding_ahead(
                 if stopped.is_set():
                     return
                 job = (source, _name(source, index), preprocessing, options)
-                if isinstance(source, str | os.PathLike):
+                if known_files and isinstance(source, str | os.PathLike):
                     put(pool.submit(_decode, *job))
                 else:
                     done: Future[_Decoded] = Future()

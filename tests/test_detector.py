@@ -10,6 +10,7 @@ import math
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -514,6 +515,37 @@ def test_memory_that_a_camera_reuses_is_copied_before_its_next_image(detector: D
     expected = [_one(detector.predict(np.full((20, 30, 3), level, np.uint8))).score for level in levels]
     assert len(set(expected)) == len(expected)
     assert [one.score for one in detector.predict(camera(), batch_size=3)] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_file_that_a_camera_reuses_is_read_before_its_next_image(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    decode = Preprocessing.decode
+
+    def decode_late(*args: object, **kwargs: object) -> torch.Tensor:
+        time.sleep(0.005)
+        return decode(*args, **kwargs)
+
+    def one_file() -> Iterator[Path]:
+        for frame in frames:
+            frame.save(tmp_path / "frame.png")
+            yield tmp_path / "frame.png"
+
+    def temporary_files() -> Iterator[str]:
+        for frame in frames:
+            with tempfile.NamedTemporaryFile(suffix=".png", dir=tmp_path) as file:
+                frame.save(file.name)
+                yield file.name
+
+    frames = [Image.new("RGB", (30, 20), (level, 0, 90)) for level in range(0, 250, 25)]
+    expected = [_one(detector.predict(frame)).score for frame in frames]
+    monkeypatch.setattr(Preprocessing, "decode", decode_late)
+    for camera in (one_file, temporary_files):
+        predictions = list(detector.predict(camera(), batch_size=batch_size))
+        assert [one.error for one in predictions] == [None] * len(frames)
+        assert [one.score for one in predictions] == pytest.approx(expected, rel=1e-5)
 
 
 def test_frames_of_one_file_are_decoded_before_it_moves_on(detector: Detector, tmp_path: Path) -> None:
