@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -39,6 +40,9 @@ from efficientad_fast.weights import describe_teacher
 FILE_FORMAT = "efficientad_fast detector 1"
 
 _THREAD = "efficientad_fast-decode"
+
+_MOST_WAITING_BYTES = 256 * 2**20
+"""Of images that were decoded and wait for the networks."""
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 MapSize = Literal["network", "original"]
@@ -110,14 +114,22 @@ class Preprocessing:
 
         The result is channels-last, as networks on a CPU read it.
         """
-        ops.load()
-        result = torch.empty((len(images), 3, *self.size), memory_format=torch.channels_last)
+        result = self.empty_batch(len(images))
         for image, out in zip(images, result.split(1), strict=True):
-            known = image if image.dtype == torch.uint8 else image.float()
-            torch.ops.efficientad_fast.preprocess.out(
-                known.movedim(0, -1).unsqueeze(0), resize=self.resize, mean=self.mean, std=self.std, out=out
-            )
+            self.into(out, image)
         return result
+
+    def empty_batch(self, images: int) -> Tensor:
+        """``(images, 3, *size)`` float32, channels-last, for :meth:`into`."""
+        return torch.empty((images, 3, *self.size), memory_format=torch.channels_last)
+
+    def into(self, out: Tensor, image: Tensor) -> None:
+        """As :meth:`batch`, of one ``image``, into ``out``: ``(1, 3, *size)`` of an :meth:`empty_batch`."""
+        ops.load()
+        known = image if image.dtype == torch.uint8 else image.float()
+        torch.ops.efficientad_fast.preprocess.out(
+            known.movedim(0, -1).unsqueeze(0), resize=self.resize, mean=self.mean, std=self.std, out=out
+        )
 
 
 @dataclass(frozen=True)
@@ -419,7 +431,7 @@ class Detector:
             (source,) = several
             # In this thread: there is nothing to decode ahead.
             decoded = _decode(source, _name(source, 0), self.preprocessing, options)
-            (prediction,) = self._predict_batch([decoded], plan, map_size == "original")
+            (prediction,) = self._predict_batch(iter([decoded]), 1, plan, map_size == "original")
             if prediction.error is not None:
                 raise ImageError(prediction.error)
             return prediction
@@ -440,9 +452,10 @@ class Detector:
     ) -> Iterator[Prediction]:
         """Predictions one by one, in order; memory does not grow with their number.
 
-        Images are decoded ahead while the networks run: a batch, and an image more for each thread. The files of a list
-        or tuple are decoded in several threads. Of any other iterable, each image is read before the next is asked for,
-        so that a camera may reuse its memory or its file. Arguments as for :meth:`predict`.
+        Images are decoded ahead while the networks run: a batch, and an image more for each thread, or fewer, so that
+        about 256 MiB wait at most. The files of a list or tuple are decoded in several threads. Of any other iterable,
+        each image is read before the next is asked for, so that a camera may reuse its memory or its file. Arguments as
+        for :meth:`predict`.
 
         Raises:
             InputError: an argument is off (at the call, not at the first ``next``).
@@ -474,21 +487,29 @@ class Detector:
         original_maps: bool,
         options: DecodeOptions,
     ) -> Iterator[Prediction]:
-        waiting: list[_Decoded] = []
+        if isinstance(images, list | tuple):
+            batch_size = min(batch_size, len(images))
         with _decoding_ahead(images, self.preprocessing, options, batch_size) as decoded:
-            for item in decoded:
-                waiting.append(item)
-                if len(waiting) == batch_size:
-                    yield from self._predict_batch(waiting, plan, original_maps)
-                    waiting = []
-            yield from self._predict_batch(waiting, plan, original_maps)
+            while predictions := self._predict_batch(decoded, batch_size, plan, original_maps):
+                yield from predictions
 
-    def _predict_batch(self, items: Sequence[_Decoded], plan: Plan, original_maps: bool) -> list[Prediction]:
-        readable = [item.image for item in items if item.image is not None]
+    def _predict_batch(
+        self, decoded: Iterator[_Decoded], batch_size: int, plan: Plan, original_maps: bool
+    ) -> list[Prediction]:
+        """Of the next ``batch_size`` images, or of those that are left."""
+        batch = self.preprocessing.empty_batch(batch_size)
+        items: list[_Decoded] = []
+        sizes: list[tuple[int, int]] = []
+        for item in itertools.islice(decoded, batch_size):
+            if item.image is not None:
+                self.preprocessing.into(batch[len(sizes) : len(sizes) + 1], item.image)
+                sizes.append((item.image.shape[-2], item.image.shape[-1]))
+            # Images as they were decoded, which may be large, do not wait for their batch.
+            items.append(replace(item, image=None))
+            del item
         results: Iterator[tuple[float, Tensor]] = iter(())
-        if readable:
-            sizes = [(image.shape[-2], image.shape[-1]) for image in readable]
-            scores, sized = plan.run(self.preprocessing.batch(readable), sizes, original_maps=original_maps)
+        if sizes:
+            scores, sized = plan.run(batch[: len(sizes)], sizes, original_maps=original_maps)
             results = zip(scores.tolist(), sized, strict=True)
         predictions = []
         for item in items:
@@ -552,6 +573,42 @@ def _decoding_threads() -> int:
     return min(available, 8)
 
 
+class _Room:
+    """For decoded images that wait to be taken, in order: whoever would decode one more waits until there is some.
+
+    The next ``always`` images to be taken need none, so that whoever takes them never waits for nothing. Those being
+    decoded are not counted.
+    """
+
+    def __init__(self, always: int) -> None:
+        self._always = always
+        self._taken = 0
+        self._bytes = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def decode(self, index: int, *job: Any) -> _Decoded:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._bytes < _MOST_WAITING_BYTES or index < self._taken + self._always or self._closed
+            )
+        decoded = _decode(*job)
+        with self._changed:
+            self._bytes += 0 if decoded.image is None else decoded.image.nbytes
+        return decoded
+
+    def take(self, decoded: _Decoded) -> None:
+        with self._changed:
+            self._bytes -= 0 if decoded.image is None else decoded.image.nbytes
+            self._taken += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
 @contextlib.contextmanager
 def _decoding_ahead(
     images: Iterable[ImageSource], preprocessing: Preprocessing, options: DecodeOptions, batch_size: int
@@ -565,6 +622,7 @@ def _decoding_ahead(
     threads = _decoding_threads()
     ready: queue.Queue[Future[_Decoded] | BaseException | None] = queue.Queue(maxsize=batch_size + threads)
     stopped = threading.Event()
+    room = _Room(always=threads)
     pool = ThreadPoolExecutor(threads, thread_name_prefix=_THREAD)
 
     def put(item: Future[_Decoded] | BaseException | None) -> None:
@@ -579,33 +637,36 @@ def _decoding_ahead(
             for index, source in enumerate(images):
                 if stopped.is_set():
                     return
-                job = (source, _name(source, index), preprocessing, options)
+                job = (index, source, _name(source, index), preprocessing, options)
                 if known_files and isinstance(source, str | os.PathLike):
-                    put(pool.submit(_decode, *job))
+                    put(pool.submit(room.decode, *job))
                 else:
                     done: Future[_Decoded] = Future()
-                    done.set_result(_decode(*job))
+                    done.set_result(room.decode(*job))
                     put(done)
         # Whatever ends the source, Ctrl-C in it included, is raised in the caller's thread.
         except BaseException as error:
             end = error
         put(end)
 
-    def items() -> Iterator[_Decoded]:
-        while True:
-            item = ready.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item.result()
+    def take() -> _Decoded | None:
+        item = ready.get()
+        if item is None:
+            return None
+        if isinstance(item, BaseException):
+            raise item
+        decoded = item.result()
+        room.take(decoded)
+        return decoded
 
     thread = threading.Thread(target=draw, name=_THREAD, daemon=True)
     thread.start()
     try:
-        yield items()
+        # Not a generator: it would hold on to what was taken last.
+        yield iter(take, None)
     finally:
         stopped.set()
+        room.close()
         pool.shutdown(wait=False, cancel_futures=True)
         # A source that blocks, such as a camera, cannot be woken; the thread ends with its next image.
         thread.join(timeout=1.0)

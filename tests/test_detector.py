@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -504,6 +505,41 @@ def test_files_are_decoded_ahead_by_several_threads_and_come_in_order(
     assert [one.anomaly_map.shape for one in predictions] == [(8, 10 + index) for index in range(12)]
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("most", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["files", "arrays", "both", "camera"])
+def test_large_images_are_not_decoded_far_ahead(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, most: int
+) -> None:
+    image = np.zeros((40, 50, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    kinds = {"files": [tmp_path / "image.png"], "arrays": [image], "camera": [image]}
+    images = 12 * kinds.get(kind, [image, tmp_path / "image.png"])
+    decoded: list[weakref.ref[torch.Tensor]] = []
+    decode, plan = Preprocessing.decode, detector.plan()
+    run = type(plan).run
+
+    def decode_and_note(*args: object, **kwargs: object) -> torch.Tensor:
+        decoded.append(weakref.ref(result := decode(*args, **kwargs)))
+        return result
+
+    def run_late(self: object, *args: object, **kwargs: object) -> object:
+        if not waiting:
+            time.sleep(0.3)
+            waiting.append(sum(one() is not None for one in decoded))
+        return run(plan, *args, **kwargs)
+
+    waiting: list[int] = []
+    monkeypatch.setattr(detector_module, "_MOST_WAITING_BYTES", most * image.nbytes)
+    monkeypatch.setattr(Preprocessing, "decode", decode_and_note)
+    monkeypatch.setattr(type(plan), "run", run_late)
+    predictions = list(detector.predict(iter(images) if kind == "camera" else images, batch_size=6))
+    assert [one.error for one in predictions] == [None] * len(images)
+    # When a thread begins, less than the most waits, and each of the others may have begun as well. None of the batch
+    # that is in the networks waits.
+    assert 1 <= waiting[0] <= max(most - 1, 0) + 2
+
+
 def test_memory_that_a_camera_reuses_is_copied_before_its_next_image(detector: Detector) -> None:
     def camera() -> Iterator[np.ndarray]:
         memory = np.zeros((20, 30, 3), np.uint8)
@@ -577,8 +613,9 @@ def test_an_interruption_ends_decoding(detector: Detector, folder: Path, monkeyp
 
 
 def test_closing_a_stream_ends_its_threads(detector: Detector, folder: Path) -> None:
-    for image in (np.zeros((8, 8, 3), np.uint8), folder / "1.png"):
-        stream = detector.stream(itertools.repeat(image))
+    endless = (itertools.repeat(image) for image in (np.zeros((8, 8, 3), np.uint8), folder / "1.png"))
+    for images in (*endless, [folder / "1.png"] * 50):
+        stream = detector.stream(images)
         next(stream)
         stream.close()  # type: ignore[attr-defined]
         assert decoding_has_ended()
