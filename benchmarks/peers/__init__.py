@@ -9,3 +9,6 @@ rival in float32; rivals in int8 have rows of their own.
 No rival is handicapped; what each is given stands in its function in `contestants.py`. Those that are not installed are
 named, and come with ``pip install 'efficientad-fast[bench]'``.
 """
+
+INPUT, OUTPUTS = "batch", ("map_st", "map_ae")
+"""Names in the ONNX file."""

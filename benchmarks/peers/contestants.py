@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.peers import INPUT, OUTPUTS
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -25,8 +27,6 @@ Run = Callable[[], Maps]
 Precision = Literal["float32", "int8"]
 
 OURS = "efficientad_fast"
-INPUT, OUTPUTS = "batch", ("map_st", "map_ae")
-"""Names in the ONNX file."""
 
 
 @dataclass(frozen=True)

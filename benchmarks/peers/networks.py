@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.contestants import INPUT, OUTPUTS
+from benchmarks.peers import INPUT, OUTPUTS
 from efficientad_fast.data.textures import synthetic_image
 from efficientad_fast.detector import Detector
 from efficientad_fast.plan import Plan, PlanInput, build_plan
