@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.__main__ import image_size, positive
-from benchmarks.peers.networks import plan_input, preprocessed_images, random_detector
+from benchmarks.peers.networks import preprocessed_images, random_detector
 from benchmarks.peers.report import machine, write
 from efficientad_fast.errors import BackendError
 from efficientad_fast.ops import packing
@@ -177,7 +177,7 @@ def main() -> None:
     detector = random_detector(cast("ModelSize", chosen.size), seed=0)
     try:
         plan = build_plan(
-            plan_input(detector, chosen.image_size), torch.device("cpu"), torch.float32, backend="operators"
+            detector.plan_input(chosen.image_size), torch.device("cpu"), torch.float32, backend="operators"
         )
     except BackendError as error:
         parser.exit(2, f"error: {error}\n")

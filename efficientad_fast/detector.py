@@ -347,6 +347,21 @@ class Detector:
 
     # Predicting
 
+    def plan_input(self, size: tuple[int, int]) -> PlanInput:
+        """What plans of this detector are made from, for network inputs of ``size`` (height, width)."""
+        shape = (1, -1, 1, 1)
+        return PlanInput(
+            self.teacher,
+            self.student,
+            self.autoencoder,
+            self.teacher_mean.view(shape),
+            self.teacher_std.view(shape),
+            self.quantiles,
+            self.map_convention,
+            self.pad_maps,
+            size,
+        )
+
     def plan(
         self, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", *, backend: Backend = "auto"
     ) -> Plan:
@@ -358,19 +373,7 @@ class Detector:
         key = (parse_device(device), parse_dtype(dtype), backend)
         with self._lock:
             if key not in self._plans:
-                shape = (1, -1, 1, 1)
-                source = PlanInput(
-                    self.teacher,
-                    self.student,
-                    self.autoencoder,
-                    self.teacher_mean.view(shape),
-                    self.teacher_std.view(shape),
-                    self.quantiles,
-                    self.map_convention,
-                    self.pad_maps,
-                    self.size,
-                )
-                self._plans[key] = build_plan(source, key[0], key[1], backend=backend)
+                self._plans[key] = build_plan(self.plan_input(self.size), key[0], key[1], backend=backend)
             return self._plans[key]
 
     def warmup(

@@ -617,7 +617,7 @@ def test_closing_a_stream_ends_its_threads(detector: Detector, folder: Path) -> 
     for images in (*endless, [folder / "1.png"] * 50):
         stream = detector.stream(images)
         next(stream)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert decoding_has_ended()
 
 

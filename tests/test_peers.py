@@ -26,7 +26,7 @@ from benchmarks.peers import __main__ as command
 from benchmarks.peers import contest, contestants, worker
 from benchmarks.peers.contest import Result, WorkerFailed, compete, fastest_rival, relative_errors
 from benchmarks.peers.contestants import CONTESTANTS, OURS, Contestant, Task
-from benchmarks.peers.networks import RawMaps, Reference, plan_input, preprocessed_images, random_detector
+from benchmarks.peers.networks import RawMaps, Reference, preprocessed_images, random_detector
 from benchmarks.peers.report import Contest, as_json, machine, remarks, table, write
 from efficientad_fast.plan import build_plan
 
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     """Maps of two images, drawn at random, with a plan that takes scores."""
-    plan = build_plan(plan_input(small_detector(), (256, 256)), CPU, torch.float64, backend="reference")
+    plan = build_plan(small_detector().plan_input((256, 256)), CPU, torch.float64, backend="reference")
     generator = torch.Generator().manual_seed(0)
     map_st, map_ae = torch.rand(2, 2, 1, 56, 56, generator=generator, dtype=torch.float64)
     quantiles = plan.quantiles

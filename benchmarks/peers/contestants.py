@@ -86,12 +86,11 @@ def _this_package(task: Task) -> Run:
     """The plan that `build_plan` chooses for the CPU and float32."""
     import torch
 
-    from benchmarks.peers.networks import plan_input
     from efficientad_fast.detector import Detector
     from efficientad_fast.plan import build_plan
 
     batch = _torch_batch(task)
-    source = plan_input(Detector.load(task.detector), (batch.shape[2], batch.shape[3]))
+    source = Detector.load(task.detector).plan_input((batch.shape[2], batch.shape[3]))
     plan = build_plan(source, torch.device("cpu"), torch.float32)
     return _inferring(lambda: plan.raw_maps(batch))
 
@@ -146,7 +145,7 @@ def _onnxruntime_int8(task: Task) -> Run:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._batches = _calibration_batches(task)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.peers import INPUT, OUTPUTS
 from efficientad_fast.data.textures import synthetic_image
 from efficientad_fast.detector import Detector
-from efficientad_fast.plan import Plan, PlanInput, build_plan
+from efficientad_fast.plan import Plan, build_plan
 from efficientad_fast.reference import maps
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import (
@@ -64,27 +64,11 @@ def random_detector(model_size: ModelSize, seed: int) -> Detector:
         features = teacher(images).double()
     std, mean = torch.std_mean(features, dim=(0, 2, 3))
     detector = detector.replaced(teacher_mean=mean.float(), teacher_std=std.float())
-    source = plan_input(detector, detector.size)
+    source = detector.plan_input(detector.size)
     raw = build_plan(source, torch.device("cpu"), torch.float32, backend="reference").raw_maps(images)
     ends = torch.tensor([0.9, 0.995])
     st, ae = (one.flatten().quantile(ends).tolist() for one in raw)
     return detector.replaced(quantiles=Quantiles(*st, *ae))
-
-
-def plan_input(detector: Detector, size: tuple[int, int]) -> PlanInput:
-    """A detector's, for network inputs of ``size``."""
-    shape = (1, -1, 1, 1)
-    return PlanInput(
-        detector.teacher,
-        detector.student,
-        detector.autoencoder,
-        detector.teacher_mean.view(shape),
-        detector.teacher_std.view(shape),
-        detector.quantiles,
-        detector.map_convention,
-        detector.pad_maps,
-        size,
-    )
 
 
 def preprocessed_images(detector: Detector, size: tuple[int, int], count: int, seed: int) -> Tensor:
@@ -110,7 +94,7 @@ class Reference:
     def of(cls, detector: Detector, images: Tensor) -> Reference:
         """Image by image: the features of a batch in float64 are large."""
         size = (images.shape[2], images.shape[3])
-        plan = build_plan(plan_input(detector, size), torch.device("cpu"), torch.float64, backend="reference")
+        plan = build_plan(detector.plan_input(size), torch.device("cpu"), torch.float64, backend="reference")
         map_st, map_ae = (torch.cat(one) for one in zip(*map(plan.raw_maps, images.split(1)), strict=True))
         return cls(plan, map_st, map_ae, _scores(plan, map_st, map_ae))
 

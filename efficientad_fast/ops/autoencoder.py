@@ -179,8 +179,8 @@ def reference(image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     result = fake(image, weights, biases, size)
     if image.shape[0] == 0:
         return result
-    [exact_image], exact_weights, exact_biases = (packing.exact(*given) for given in ([image], weights, biases))
-    return result.copy_(compute(exact_image, exact_weights, exact_biases, size))  # type: ignore[arg-type]
+    exact_weights, exact_biases = ([packing.exact(one) for one in given] for given in (weights, biases))
+    return result.copy_(compute(packing.exact(image), exact_weights, exact_biases, size))
 
 
 def fake(image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], size: Sequence[int]) -> Tensor:

@@ -34,6 +34,8 @@ Errors, in one sentence with argument, expected, got: `InputError` of the refere
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -143,9 +145,10 @@ def reference(
     pool_padding: int = 0,
     groups: int = 1,
 ) -> Tensor:
-    options = {"padding": padding, "relu": relu, "pool": pool, "pool_padding": pool_padding, "groups": groups}
-    result = fake(input, weight, bias, **options)  # type: ignore[arg-type]
-    return result.copy_(compute(*packing.exact(input, weight, bias), **options))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"padding": padding, "relu": relu, "pool": pool, "pool_padding": pool_padding}
+    options["groups"] = groups
+    result = fake(input, weight, bias, **options)
+    return result.copy_(compute(packing.exact(input), packing.exact(weight), packing.exact(bias), **options))
 
 
 def fake(
@@ -189,9 +192,9 @@ def reference_out(
 ) -> None:
     check_outputs(input, packed, bias, kernel_size, padding, pool, pool_padding, groups, out, workspace)
     [weight] = packing.unpack(packed, out.shape[1] // groups, [Source(input.shape[1] // groups, kernel_size)])
-    options = {"padding": padding, "relu": relu, "pool": pool, "pool_padding": pool_padding, "groups": groups}
-    given = packing.exact(input, weight.to(input.dtype), bias)
-    out.copy_(compute(*given, **options))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"padding": padding, "relu": relu, "pool": pool, "pool_padding": pool_padding}
+    exact_weight = packing.exact(weight.to(input.dtype))
+    out.copy_(compute(packing.exact(input), exact_weight, packing.exact(bias), groups=groups, **options))
 
 
 def fake_out(

@@ -194,8 +194,9 @@ def reference(
 ) -> Tensor:
     paddings = {"padding_first": padding_first, "padding_second": padding_second}
     result = fake(first, weight_first, second, weight_second, bias, **paddings)
-    given = packing.exact(first, weight_first, second, weight_second, bias)
-    return result.copy_(compute(*given, **paddings))  # type: ignore[arg-type]
+    given = (packing.exact(first), packing.exact(weight_first), packing.exact(second), packing.exact(weight_second))
+    exact_bias = packing.exact(bias)
+    return result.copy_(compute(*given, exact_bias, padding_first=padding_first, padding_second=padding_second))
 
 
 def fake(
@@ -250,8 +251,9 @@ def reference_out(
         workspace,
     )
     weights = [weight.to(first.dtype) for weight in packing.unpack(packed, channels, sources)]
-    given = packing.exact(first, weights[0], second, None if second is None else -weights[1], bias)
-    out.copy_(compute(*given, padding_first=padding_first, padding_second=padding_second))  # type: ignore[arg-type]
+    weight_second = None if second is None else packing.exact(-weights[1])
+    given = (packing.exact(first), packing.exact(weights[0]), packing.exact(second), weight_second, packing.exact(bias))
+    out.copy_(compute(*given, padding_first=padding_first, padding_second=padding_second))
 
 
 def fake_out(

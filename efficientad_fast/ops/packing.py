@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -136,9 +137,12 @@ def _tile(planes: int, r: int) -> int:
     return next(tile for tile in TILES.values() if (tile + r - 1) ** 2 == planes)
 
 
-def exact(*tensors: Tensor | None) -> list[Tensor | None]:
+_Given = TypeVar("_Given", Tensor, Tensor | None)
+
+
+def exact(given: _Given) -> _Given:
     """For the references: in float64 on a GPU, where float32 convolutions may be done in TF32."""
-    return [one.double() if one is not None and one.is_cuda else one for one in tensors]
+    return given.double() if given is not None and given.is_cuda else given
 
 
 def dense(shape: Sequence[int], like: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def expected(case: Case, *args: Any, **options: Any) -> tuple[Tensor, ...]:
     if case.overload == "conv_pool.pack":
         return (torch.from_numpy(_packed(args[0].double().numpy(), **options)),)
     exact = (None if one is None else one.double() for one in args)
-    return (conv_pool.compute(*exact, **options),)  # type: ignore[arg-type]
+    return (conv_pool.compute(*exact, **options),)
 
 
 def _packed(weight: np.ndarray, groups: int, algorithm: str) -> np.ndarray:

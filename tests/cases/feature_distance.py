@@ -251,7 +251,7 @@ def expected(case: Case, *args: Any, **options: Any) -> tuple[Tensor, ...]:
     if case.overload == "feature_distance.pack":
         return (_packed(*args, **options),)
     exact = (None if one is None else one.double() for one in args)
-    return (feature_distance.compute(*exact, **options),)  # type: ignore[arg-type]
+    return (feature_distance.compute(*exact, **options),)
 
 
 def _packed(first: Tensor, second: Tensor | None, algorithm: str) -> Tensor:
