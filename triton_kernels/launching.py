@@ -34,6 +34,10 @@ class Launch:
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+_capability: ContextVar[float] = ContextVar("capability", default=8.0)
+
+TENSOR_DESCRIPTORS_SINCE = 9.0
+"""Compute capability from which on tiles are loaded by descriptors (TMA)."""
 
 
 @contextlib.contextmanager
@@ -45,6 +49,24 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorded.reset(token)
+
+
+@contextlib.contextmanager
+def as_if_on(capability: float) -> Iterator[None]:
+    """Inside, what is written down or interpreted is made for GPUs of that compute capability; else for 8.0."""
+    token = _capability.set(capability)
+    try:
+        yield
+    finally:
+        _capability.reset(token)
+
+
+def capability(device: torch.device) -> float:
+    """Of a GPU, such as 9.0; of what is written down or interpreted, as :func:`as_if_on` has it."""
+    if device.type != "cuda":
+        return _capability.get()
+    major, minor = torch.cuda.get_device_capability(device)
+    return major + minor / 10
 
 
 def require_runnable(operator: str, name: str, tensor: Tensor) -> None:

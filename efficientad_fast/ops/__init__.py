@@ -159,6 +159,11 @@ def cpu_algorithm(operator: str, kernel_size: int, *, pool: bool = False, output
     return by_kernel.get(f"{kernel_size} pooled", plain) if pool else plain
 
 
+def tiles() -> dict[str, list[dict[str, Any]]]:
+    """The table's rules for tiles of the Triton kernels, by kernel: see `efficientad_fast.triton_kernels.tiles`."""
+    return cast(dict[str, list[dict[str, Any]]], _table()["tiles"])
+
+
 @_Once
 def choose(qualified_name: str, device_index: int) -> Callable[..., Any]:
     """The first of :func:`choices` that works on this GPU and has a kernel; the reference always does."""

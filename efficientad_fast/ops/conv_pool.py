@@ -1,6 +1,6 @@
 """``conv_pool``: a convolution with bias, ReLU and 2x2 average pooling, in one pass.
 
-Source: SPEC "Patch description network"; ``avg_pool2d(relu(conv2d(input, weight, bias, padding=padding)), 2)``. Three
+Source: SPEC "Patch description network"; ``avg_pool2d(relu(conv2d(input, weight, bias, padding=padding)), 2)``. Four
 overloads:
 
 ``conv_pool(input, weight, bias=None, *, padding=0, relu=True, pool=False, pool_padding=0, groups=1)``
@@ -29,6 +29,15 @@ The same by packed weights, written into ``out``, of the shape above, dense and 
 ``(threads, numbers)`` in float32, contiguous, with ``numbers`` of at least ``WORKSPACE``: one row for each thread that
 may work. What it holds before and after means nothing. Allocates nothing on a device where input is read in place.
 
+``conv_pool.mixed(input, weight, scale=None, bias=None, *, padding=0, relu=True, pool=False, pool_padding=0, groups=1,
+out)``
+
+The same in mixed precision: products of float32, float16, bfloat16 or float8_e4m3fn, which input and weight both have;
+sums in float32, which are multiplied by ``scale`` (``(O * groups,)`` float32, or None for 1) before the bias, float32
+too, is added. ``out``, dense and channels-last, has any of the four dtypes, and is rounded to once, after pooling; in
+e4m3 what is beyond 448 becomes 448. Products of float32 are not rounded to TF32. Allocates nothing on a device where
+input is read in place and weight is channels-last, which is how kernels read it.
+
 Errors, in one sentence with argument, expected, got: `InputError` of the reference, RuntimeError of compiled kernels.
 """
 
@@ -43,7 +52,16 @@ from efficientad_fast.ops import packing
 from efficientad_fast.ops.overload import Overload, require, require_one_device
 from efficientad_fast.ops.packing import WORKSPACE, Source
 
-__all__ = ["WORKSPACE", "check", "check_outputs", "check_pack", "compute", "overloads"]
+__all__ = [
+    "WORKSPACE",
+    "check",
+    "check_mixed",
+    "check_outputs",
+    "check_pack",
+    "compute",
+    "compute_mixed",
+    "overloads",
+]
 
 
 def check(
@@ -102,6 +120,34 @@ def check_outputs(
     if bias is not None:
         packing.check_bias("conv_pool", "bias", bias, shape[1], "input", input)
     packing.check_workspace("conv_pool", workspace, WORKSPACE, "input", input)
+
+
+def check_mixed(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    padding: int,
+    pool: bool,
+    pool_padding: int,
+    groups: int,
+    out: Tensor,
+) -> None:
+    """What the overload in mixed precision refuses."""
+    packing.check_images("conv_pool", "input", input, mixed=True)
+    packing.check_weight("conv_pool", "weight", weight, mixed=True)
+    packing.check_same_dtype("conv_pool", "weight", weight, "input", input)
+    require_one_device("conv_pool", "input", input.device, {"weight": weight})
+    outputs, channels, _, _ = weight.shape
+    _check_groups(groups, outputs, "the outputs of weight")
+    packing.check_channels("conv_pool", "input", input, channels * groups, "this weight and groups")
+    height, width = _checked_size(input, weight.shape[2], padding, pool, pool_padding)
+    for name, one in (("scale", scale), ("bias", bias)):
+        if one is not None:
+            packing.check_bias("conv_pool", name, one, outputs, "input", input)
+    shape = (input.shape[0], outputs, height, width)
+    require(tuple(out.shape) == shape, "conv_pool", "out", str(shape), tuple(out.shape))
+    packing.check_activations("conv_pool", "out", out, "input", input, mixed=True)
 
 
 def _check_groups(groups: int, divided: int, reason: str) -> None:
@@ -214,8 +260,64 @@ def fake_out(
     check_outputs(input, packed, bias, kernel_size, padding, pool, pool_padding, groups, out, workspace)
 
 
+def reference_mixed(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    relu: bool = True,
+    pool: bool = False,
+    pool_padding: int = 0,
+    groups: int = 1,
+    out: Tensor,
+) -> None:
+    check_mixed(input, weight, scale, bias, padding, pool, pool_padding, groups, out)
+    packing.narrow_into(
+        out,
+        compute_mixed(
+            packing.wide(input),
+            packing.wide(weight),
+            packing.wide(scale),
+            packing.wide(bias),
+            padding=padding,
+            relu=relu,
+            pool=pool,
+            pool_padding=pool_padding,
+            groups=groups,
+        ),
+    )
+
+
+def compute_mixed(
+    input: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The formula with a scale, in any floating dtype; checks nothing."""
+    if scale is not None:
+        weight = weight * scale[:, None, None, None]
+    return compute(input, weight, bias, **options)
+
+
+def fake_mixed(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    relu: bool = True,
+    pool: bool = False,
+    pool_padding: int = 0,
+    groups: int = 1,
+    out: Tensor,
+) -> None:
+    check_mixed(input, weight, scale, bias, padding, pool, pool_padding, groups, out)
+
+
 overloads = {
     "default": Overload(reference, fake),
     "pack": Overload(reference_pack, fake_pack),
     "out": Overload(reference_out, fake_out),
+    "mixed": Overload(reference_mixed, fake_mixed),
 }

@@ -1,7 +1,7 @@
 """``feature_distance``: the last convolutions of two networks as one, squared and averaged over their channels.
 
 Source: SPEC "Maps and score"; paper, sections 3.2 and 3.3. ``mean over channels of (conv2d(first, weight_first) -
-conv2d(second, weight_second) + bias)^2``: a raw map, for which no features are written. Three overloads:
+conv2d(second, weight_second) + bias)^2``: a raw map, for which no features are written. Four overloads:
 
 ``feature_distance(first, weight_first, second=None, weight_second=None, bias=None, *, padding_first=0,
 padding_second=0)``
@@ -29,6 +29,16 @@ The same by packed weights, written into ``out``, contiguous. channels: how many
 ``WORKSPACE``: one row for each thread that may work. What it holds before and after means nothing. Allocates nothing on
 a device where first and second are read in place.
 
+``feature_distance.mixed(first, weight_first, second=None, weight_second=None, scale=None, bias=None, *,
+padding_first=0, padding_second=0, out, workspace)``
+
+The same in mixed precision: products of float32, float16, bfloat16 or float8_e4m3fn, which all four have; sums in
+float32. The difference of both convolutions is multiplied by ``scale`` (``(outputs,)`` float32, or None for 1) before
+the bias, float32 too, is added. out is float32, contiguous. Products of float32 are not rounded to TF32. workspace is
+``(numbers,)`` in float32, contiguous, with ``numbers`` of at least :func:`mixed_workspace_size`: all zeros when it is
+first used, and as a call leaves it for the next. Two calls at a time must not share it. Allocates nothing on a device
+where first and second are read in place and weights are channels-last, which is how kernels read them.
+
 Errors, in one sentence with argument, expected, got: `InputError` of the reference, RuntimeError of compiled kernels.
 """
 
@@ -41,7 +51,20 @@ from efficientad_fast.ops import packing
 from efficientad_fast.ops.overload import Overload, require, require_one_device
 from efficientad_fast.ops.packing import WORKSPACE, Source
 
-__all__ = ["WORKSPACE", "check", "check_outputs", "check_pack", "compute", "overloads"]
+__all__ = [
+    "WORKSPACE",
+    "check",
+    "check_mixed",
+    "check_outputs",
+    "check_pack",
+    "compute",
+    "compute_mixed",
+    "mixed_workspace_size",
+    "overloads",
+]
+
+FEWEST_OUTPUTS = 16
+"""That a program of a kernel sums: for each as many, a number for each pixel in the workspace of ``mixed``."""
 
 
 def check(
@@ -58,25 +81,11 @@ def check(
     Returns:
         Height and width of the result.
     """
-    _check_activations(first, second)
-    packing.check_weight("feature_distance", "weight_first", weight_first)
-    require_one_device("feature_distance", "first", first.device, {"weight_first": weight_first})
-    packing.check_channels("feature_distance", "first", first, weight_first.shape[1], "this weight_first")
-    given = second is not None or weight_second is None
-    require(given, "feature_distance", "second", "given where weight_second is", "None")
-    given = weight_second is not None or second is None
-    require(given, "feature_distance", "weight_second", "given where second is", "None")
-    kernel_second, sources = 0, [Source(*weight_first.shape[1:3])]
-    if second is not None and weight_second is not None:
-        _check_second_weight(weight_first, weight_second)
-        require_one_device("feature_distance", "first", first.device, {"weight_second": weight_second})
-        packing.check_channels("feature_distance", "second", second, weight_second.shape[1], "this weight_second")
-        kernel_second = weight_second.shape[2]
-        sources.append(Source(*weight_second.shape[1:3]))
-    size = _checked_size(first, second, weight_first.shape[2], kernel_second, padding_first, padding_second)
+    size = _checked_given(first, weight_first, second, weight_second, padding_first, padding_second)
     if bias is not None:
         packing.check_bias("feature_distance", "bias", bias, weight_first.shape[0], "first", first)
-    packing.checked_planes("feature_distance", "auto", sources)
+    weights = [weight_first] if weight_second is None else [weight_first, weight_second]
+    packing.checked_planes("feature_distance", "auto", [Source(*weight.shape[1:3]) for weight in weights])
     return size
 
 
@@ -90,6 +99,47 @@ def check_pack(weight_first: Tensor, weight_second: Tensor | None, algorithm: st
         sources.append(Source(weight_second.shape[1], weight_second.shape[2]))
     planes = packing.checked_planes("feature_distance", algorithm, sources)
     return packing.packed_shape(1, weight_first.shape[0], planes, sources)
+
+
+def mixed_workspace_size(images: int, height: int, width: int, outputs: int) -> int:
+    """Numbers of the workspace for maps of that size: sums of some outputs for each pixel, and a count.
+
+    Args:
+        outputs: of the convolutions, which are averaged.
+    """
+    return images * height * width * (1 + -(-outputs // FEWEST_OUTPUTS))
+
+
+def check_mixed(
+    first: Tensor,
+    weight_first: Tensor,
+    second: Tensor | None,
+    weight_second: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    padding_first: int,
+    padding_second: int,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    """What the overload in mixed precision refuses."""
+    size = _checked_given(first, weight_first, second, weight_second, padding_first, padding_second, mixed=True)
+    outputs = weight_first.shape[0]
+    for name, one in (("scale", scale), ("bias", bias)):
+        if one is not None:
+            packing.check_bias("feature_distance", name, one, outputs, "first", first)
+    shape = (first.shape[0], 1, *size)
+    require(tuple(out.shape) == shape, "feature_distance", "out", str(shape), tuple(out.shape))
+    packing.check_float32("feature_distance", "out", out)
+    require(out.is_contiguous(), "feature_distance", "out", "contiguous", f"strides {out.stride()}")
+    require_one_device("feature_distance", "first", first.device, {"out": out, "workspace": workspace})
+    numbers = mixed_workspace_size(first.shape[0], *size, outputs)
+    fitting = workspace.dim() == 1 and workspace.shape[0] >= numbers
+    expected = f"(numbers,) of at least ({numbers},)"
+    require(fitting, "feature_distance", "workspace", expected, tuple(workspace.shape))
+    packing.check_float32("feature_distance", "workspace", workspace)
+    contiguous = workspace.is_contiguous()
+    require(contiguous, "feature_distance", "workspace", "contiguous", f"strides {workspace.stride()}")
 
 
 def check_outputs(
@@ -128,15 +178,47 @@ def check_outputs(
     return sources
 
 
-def _check_activations(first: Tensor, second: Tensor | None) -> None:
-    packing.check_images("feature_distance", "first", first)
+def _checked_given(
+    first: Tensor,
+    weight_first: Tensor,
+    second: Tensor | None,
+    weight_second: Tensor | None,
+    padding_first: int,
+    padding_second: int,
+    *,
+    mixed: bool = False,
+) -> tuple[int, int]:
+    """Activations and weights that are not packed. Returns height and width of the result."""
+    _check_activations(first, second, mixed=mixed)
+    packing.check_weight("feature_distance", "weight_first", weight_first, mixed=mixed)
+    require_one_device("feature_distance", "first", first.device, {"weight_first": weight_first})
+    packing.check_channels("feature_distance", "first", first, weight_first.shape[1], "this weight_first")
+    given = second is not None or weight_second is None
+    require(given, "feature_distance", "second", "given where weight_second is", "None")
+    given = weight_second is not None or second is None
+    require(given, "feature_distance", "weight_second", "given where second is", "None")
+    kernel_second = 0
+    same = {"weight_first": weight_first}
+    if second is not None and weight_second is not None:
+        _check_second_weight(weight_first, weight_second, mixed=mixed)
+        require_one_device("feature_distance", "first", first.device, {"weight_second": weight_second})
+        packing.check_channels("feature_distance", "second", second, weight_second.shape[1], "this weight_second")
+        kernel_second = weight_second.shape[2]
+        same |= {"second": second, "weight_second": weight_second}
+    for name, one in same.items():
+        packing.check_same_dtype("feature_distance", name, one, "first", first)
+    return _checked_size(first, second, weight_first.shape[2], kernel_second, padding_first, padding_second)
+
+
+def _check_activations(first: Tensor, second: Tensor | None, *, mixed: bool = False) -> None:
+    packing.check_images("feature_distance", "first", first, mixed=mixed)
     if second is not None:
-        packing.check_images("feature_distance", "second", second)
+        packing.check_images("feature_distance", "second", second, mixed=mixed)
         require_one_device("feature_distance", "first", first.device, {"second": second})
 
 
-def _check_second_weight(weight_first: Tensor, weight_second: Tensor) -> None:
-    packing.check_weight("feature_distance", "weight_second", weight_second)
+def _check_second_weight(weight_first: Tensor, weight_second: Tensor, *, mixed: bool = False) -> None:
+    packing.check_weight("feature_distance", "weight_second", weight_second, mixed=mixed)
     outputs, shape = weight_first.shape[0], tuple(weight_second.shape)
     expected = f"of {outputs} outputs as weight_first is"
     require(shape[0] == outputs, "feature_distance", "weight_second", expected, shape)
@@ -285,8 +367,64 @@ def fake_out(
     )
 
 
+def compute_mixed(
+    first: Tensor,
+    weight_first: Tensor,
+    second: Tensor | None = None,
+    weight_second: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding_first: int = 0,
+    padding_second: int = 0,
+) -> Tensor:
+    """The formula with a scale, in any floating dtype; checks nothing."""
+    if scale is not None:
+        weight_first = weight_first * scale[:, None, None, None]
+        weight_second = None if weight_second is None else weight_second * scale[:, None, None, None]
+    paddings = {"padding_first": padding_first, "padding_second": padding_second}
+    return compute(first, weight_first, second, weight_second, bias, **paddings)
+
+
+def reference_mixed(
+    first: Tensor,
+    weight_first: Tensor,
+    second: Tensor | None = None,
+    weight_second: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding_first: int = 0,
+    padding_second: int = 0,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    given = (first, weight_first, second, weight_second, scale, bias)
+    check_mixed(*given, padding_first, padding_second, out, workspace)
+    wide = (packing.wide(one) for one in given)
+    out.copy_(compute_mixed(*wide, padding_first=padding_first, padding_second=padding_second))  # type: ignore[arg-type]
+
+
+def fake_mixed(
+    first: Tensor,
+    weight_first: Tensor,
+    second: Tensor | None = None,
+    weight_second: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding_first: int = 0,
+    padding_second: int = 0,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    given = (first, weight_first, second, weight_second, scale, bias)
+    check_mixed(*given, padding_first, padding_second, out, workspace)
+
+
 overloads = {
     "default": Overload(reference, fake),
     "pack": Overload(reference_pack, fake_pack),
     "out": Overload(reference_out, fake_out),
+    "mixed": Overload(reference_mixed, fake_mixed),
 }

@@ -38,6 +38,13 @@ LARGEST_KERNEL = 16
 WORKSPACE = 1 << 21
 """Numbers of a workspace that a convolution needs for each thread."""
 
+MIXED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+"""Of the ``mixed`` overloads: products of narrow numbers, sums in float32."""
+
+_MIXED_NAMES = "float32, float16, bfloat16 or float8_e4m3fn"
+
+LARGEST_E4M3 = 448.0
+
 TILES = {"winograd4": 4, "winograd6": 6}
 ALGORITHMS = ("auto", "direct", *TILES)
 
@@ -145,6 +152,27 @@ def exact(given: _Given) -> _Given:
     return given.double() if given is not None and given.is_cuda else given
 
 
+def wide(given: _Given) -> _Given:
+    """For the references: as :func:`exact`, and narrower numbers in float32, in which their products are exact."""
+    if given is None or given.dtype == torch.float64:
+        return given
+    return exact(given) if given.dtype == torch.float32 else given.float()
+
+
+def narrow_into(out: Tensor, result: Tensor) -> None:
+    """Rounds to the nearest of ``out``'s numbers; in e4m3, which has no inf, what is too large is the largest."""
+    if out.dtype == torch.float8_e4m3fn:
+        result = result.clamp(-LARGEST_E4M3, LARGEST_E4M3)
+    out.copy_(result)
+
+
+def mixed(given: Tensor) -> Tensor:
+    """For kernels: as it is where channels are next to each other in memory, else a channels-last copy."""
+    if given.stride(1) == 1 or given.shape[1] == 1:
+        return given
+    return given.contiguous(memory_format=torch.channels_last)
+
+
 def dense(shape: Sequence[int], like: Tensor) -> Tensor:
     """Activations to be written: channels-last, in the dtype and on the device of ``like``."""
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
@@ -154,22 +182,31 @@ def check_float32(operator: str, name: str, given: Tensor) -> None:
     require(given.dtype == torch.float32, operator, name, "float32", given.dtype)
 
 
-def check_images(operator: str, name: str, given: Tensor) -> None:
+def check_mixed(operator: str, name: str, given: Tensor) -> None:
+    require(given.dtype in MIXED_DTYPES, operator, name, _MIXED_NAMES, given.dtype)
+
+
+def check_same_dtype(operator: str, name: str, given: Tensor, first_name: str, first: Tensor) -> None:
+    require(given.dtype == first.dtype, operator, name, f"{first.dtype} as {first_name} is", given.dtype)
+
+
+def check_images(operator: str, name: str, given: Tensor, *, mixed: bool = False) -> None:
+    """``mixed``: for an overload that takes narrower numbers too."""
     shape = tuple(given.shape)
     fitting = len(shape) == 4 and min(shape[1:]) >= 1
     require(fitting, operator, name, "(N, C, H, W) with C, H and W of at least 1", shape)
-    check_float32(operator, name, given)
+    (check_mixed if mixed else check_float32)(operator, name, given)
 
 
 def check_channels(operator: str, name: str, given: Tensor, channels: int, reason: str) -> None:
     require(given.shape[1] == channels, operator, name, f"(N, {channels}, H, W) for {reason}", tuple(given.shape))
 
 
-def check_weight(operator: str, name: str, given: Tensor) -> None:
+def check_weight(operator: str, name: str, given: Tensor, *, mixed: bool = False) -> None:
     shape = tuple(given.shape)
     square = len(shape) == 4 and min(shape) >= 1 and shape[2] == shape[3] and shape[3] <= LARGEST_KERNEL
     require(square, operator, name, "(outputs, channels, k, k) with all of at least 1 and k at most 16", shape)
-    check_float32(operator, name, given)
+    (check_mixed if mixed else check_float32)(operator, name, given)
 
 
 def check_kernel(operator: str, name: str, kernel: int) -> None:
@@ -236,9 +273,11 @@ def check_workspace(operator: str, given: Tensor, numbers: int, first_name: str,
     require_one_device(operator, first_name, first.device, {"workspace": given})
 
 
-def check_activations(operator: str, name: str, given: Tensor, first_name: str, first: Tensor) -> None:
+def check_activations(
+    operator: str, name: str, given: Tensor, first_name: str, first: Tensor, *, mixed: bool = False
+) -> None:
     """Of activations to be written, all but their shape."""
-    check_float32(operator, name, given)
+    (check_mixed if mixed else check_float32)(operator, name, given)
     laid_out = given.is_contiguous(memory_format=torch.channels_last)
     require(laid_out, operator, name, "dense and channels-last", f"strides {given.stride()}")
     require_one_device(operator, first_name, first.device, {name: given})
