@@ -173,7 +173,7 @@ def test_launches_can_be_written_down_instead() -> None:
     kernel = SimpleNamespace(arg_names=["x_ptr", "count", "BLOCK"])
     with launching.recorded() as launches:
         launching.launch(kernel, 5, torch.device("meta"), ["x", 7], BLOCK=2, num_warps=4)
-    assert launches == [launching.Launch(kernel, {"x_ptr": "x", "count": 7, "BLOCK": 2}, {"num_warps": 4})]
+    assert launches == [launching.Launch(kernel, {"x_ptr": "x", "count": 7, "BLOCK": 2}, {"num_warps": 4}, 5)]
     with launching.recorded() as launches:
         pass
     assert launches == []

@@ -26,11 +26,13 @@ class Launch:
         kernel: the ``triton.jit`` function.
         arguments: by parameter's name, constexprs included; tensors are on the meta device.
         options: of the compiler, such as ``num_warps``.
+        programs: how many run.
     """
 
     kernel: Any
     arguments: Mapping[str, Any]
     options: Mapping[str, Any]
+    programs: int = 1
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
@@ -86,7 +88,7 @@ def launch(kernel: Any, programs: int, device: torch.device, arguments: Sequence
     if launches is not None:
         given = dict(zip(kernel.arg_names, arguments, strict=False))
         given |= {name: value for name, value in options.items() if name in kernel.arg_names}
-        launches.append(Launch(kernel, given, {k: v for k, v in options.items() if k not in given}))
+        launches.append(Launch(kernel, given, {k: v for k, v in options.items() if k not in given}, programs))
     elif programs:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[(programs,)](*arguments, **options)

@@ -11,10 +11,12 @@ its tiles consist of, its own module says. Rules of the user's table come first.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,30 @@ TABLE_VARIABLE = "EFFICIENTAD_FAST_TILES"
 
 Facts = Mapping[str, int | float | bool | str]
 Rule = Mapping[str, Any]
+
+_forced: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("forced", default={})
+_stated: ContextVar[list[tuple[str, dict[str, Any]]] | None] = ContextVar("stated", default=None)
+
+
+@contextlib.contextmanager
+def forced(kernel: str, tile: Mapping[str, int]) -> Iterator[None]:
+    """Inside, and in this thread, ``kernel`` works in ``tile``, whatever the rules say: for who times candidates."""
+    token = _forced.set({**_forced.get(), kernel: tile})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextlib.contextmanager
+def stated() -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Inside, and in this thread, what tiles are chosen for is written down: kernels' names, and the facts of each."""
+    noted: list[tuple[str, dict[str, Any]]] = []
+    token = _stated.set(noted)
+    try:
+        yield noted
+    finally:
+        _stated.reset(token)
 
 
 def user_table() -> Path | None:
@@ -64,6 +90,11 @@ def choose(kernel: str, facts: Facts) -> dict[str, int]:
     Raises:
         LookupError: none does, or it asks for a fact that the kernel does not state.
     """
+    noted = _stated.get()
+    if noted is not None:
+        noted.append((kernel, dict(facts)))
+    if kernel in _forced.get():
+        return dict(_forced.get()[kernel])
     for rule in rules(kernel):
         if all(_holds(facts[name], wanted) for name, wanted in rule["when"].items()):
             return dict(rule["tile"])
