@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from efficientad_fast import ops
@@ -29,7 +30,7 @@ TABLE_VARIABLE = "EFFICIENTAD_FAST_TILES"
 Facts = Mapping[str, int | float | bool | str]
 Rule = Mapping[str, Any]
 
-_forced: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("forced", default={})
+_forced: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("forced", default=MappingProxyType({}))
 _stated: ContextVar[list[tuple[str, dict[str, Any]]] | None] = ContextVar("stated", default=None)
 
 
