@@ -1,0 +1,260 @@
+"""``conv_pool`` in Triton. efficientad_fast/ops/conv_pool.py is the contract.
+
+A program makes a tile of outputs for a tile of pixels, as implicit_gemm.py explains it; the sums stay in registers
+until they are scaled, rectified and averaged over 2x2 pixels, so that only what is left is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efficientad_fast.ops import conv_pool as contract
+from efficientad_fast.ops import packing
+
+from . import implicit_gemm
+from .implicit_gemm import add_products, chosen_tile, facts, operand, require_products
+from .launching import launch, require_runnable, tiles
+from .models import Convolution, ModelSize, channels_last, convolutions
+
+LARGEST_E4M3 = tl.constexpr(packing.LARGEST_E4M3)
+
+HEAVY = {"_conv_pool"}
+"""Kernels that must run on tensor cores, but for images of few channels."""
+
+candidates = implicit_gemm.candidates
+
+
+@triton.jit
+def narrowed(numbers, DTYPE: tl.constexpr):
+    """Rounded to ``DTYPE``, in e4m3 to its largest number where they are larger."""
+    if tl.float8e4nv == DTYPE:
+        numbers = tl.clamp(numbers, -LARGEST_E4M3, LARGEST_E4M3, propagate_nan=tl.PropagateNan.ALL)
+    return numbers.to(DTYPE)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("height", "width", "made_height", "made_width", "out_height", "out_width", "padding"),
+        *("row_tiles", "column_tiles", "output_tiles"),
+    ]
+)
+def _conv_pool(
+    images,  # (N, H, W, C * groups): descriptor, or pointer
+    weights,  # (O * groups, k * k * C): descriptor, or pointer
+    scale_ptr,  # (O * groups,) float32; or None
+    bias_ptr,  # (O * groups,) float32; or None
+    out_ptr,  # (N, h, w, O * groups), contiguous
+    height,
+    width,
+    made_height,  # by the convolution, before pooling
+    made_width,
+    out_height,
+    out_width,
+    padding,
+    row_tiles,
+    column_tiles,
+    output_tiles,  # of a group
+    stride_n,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,  # of a group, as the next
+    GROUP_OUTPUTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    RELU: tl.constexpr,
+    POOL: tl.constexpr,
+    POOL_PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOADS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    # Programs beside each other read the same pixels.
+    program = tl.program_id(0)
+    output_tile = program % output_tiles
+    rest = program // output_tiles
+    group = rest % GROUPS
+    rest = rest // GROUPS
+    column_tile = rest % column_tiles
+    rest = rest // column_tiles
+    row_tile = rest % row_tiles
+    image = rest // row_tiles
+
+    # Of what the convolution makes, of which pooling may begin one pixel before the first.
+    row = row_tile * ROWS - POOL_PADDING
+    column = column_tile * COLUMNS - POOL_PADDING
+    first_output = group * GROUP_OUTPUTS + output_tile * OUTPUTS
+    last_output = (group + 1) * GROUP_OUTPUTS
+    if LOADS != 0:
+        images += group * CHANNELS
+    sums = add_products(
+        tl.zeros((ROWS * COLUMNS, OUTPUTS), tl.float32),
+        images,
+        weights,
+        image,
+        row - padding,
+        column - padding,
+        group * CHANNELS,
+        first_output,
+        last_output,
+        height,
+        width,
+        stride_n,
+        stride_h,
+        stride_w,
+        CHANNELS,
+        KERNEL,
+        ROWS,
+        COLUMNS,
+        OUTPUTS,
+        DEPTH,
+        LOADS,
+        PACKED,
+        PRECISE,
+    )
+
+    output = first_output + tl.arange(0, OUTPUTS)
+    is_output = output < last_output
+    if scale_ptr is not None:
+        sums *= tl.load(scale_ptr + output, mask=is_output, other=0.0)[None, :]
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + output, mask=is_output, other=0.0)[None, :]
+    if RELU:
+        sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if POOL:
+        if POOL_PADDING > 0:
+            pixel = tl.arange(0, ROWS * COLUMNS)
+            y = row + pixel // COLUMNS
+            x = column + pixel % COLUMNS
+            made = (y >= 0) & (y < made_height) & (x >= 0) & (x < made_width)
+            sums = tl.where(made[:, None], sums, 0.0)
+        quads = sums.reshape(ROWS // 2, 2, COLUMNS // 2, 2, OUTPUTS)
+        sums = tl.sum(tl.sum(quads, 3), 1).reshape(ROWS * COLUMNS // 4, OUTPUTS) * 0.25
+    OUT_ROWS: tl.constexpr = ROWS // 2 if POOL else ROWS
+    OUT_COLUMNS: tl.constexpr = COLUMNS // 2 if POOL else COLUMNS
+    pixel = tl.arange(0, OUT_ROWS * OUT_COLUMNS)
+    y = row_tile * OUT_ROWS + pixel // OUT_COLUMNS
+    x = column_tile * OUT_COLUMNS + pixel % OUT_COLUMNS
+    places = ((image.to(tl.int64) * out_height + y) * out_width + x) * (GROUPS * GROUP_OUTPUTS)
+    written = ((y < out_height) & (x < out_width))[:, None] & is_output[None, :]
+    tl.store(out_ptr + places[:, None] + output[None, :], narrowed(sums, out_ptr.dtype.element_ty), mask=written)
+
+
+def conv_pool_mixed(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    relu: bool = True,
+    pool: bool = False,
+    pool_padding: int = 0,
+    groups: int = 1,
+    out: Tensor,
+) -> None:
+    """``conv_pool.mixed`` of the catalogue."""
+    contract.check_mixed(input, weight, scale, bias, padding, pool, pool_padding, groups, out)
+    require_runnable("conv_pool", "input", input)
+    require_products("conv_pool", "input", input)
+    require_products("conv_pool", "out", out)
+    images, outputs, out_height, out_width = out.shape
+    made_height, made_width = (side + 2 * padding - weight.shape[2] + 1 for side in input.shape[2:])
+    stated = facts(input, weight, groups, made_height, made_width) | {"pool": pool}
+    tile = chosen_tile("conv_pool", stated)
+    given = operand(input, weight, groups, tile, tile["outputs"])
+    of_group = outputs // groups
+    rows, columns = (tile["rows"] // 2, tile["columns"] // 2) if pool else (tile["rows"], tile["columns"])
+    counts = (tiles(out_height, rows), tiles(out_width, columns), tiles(of_group, tile["outputs"]))
+    launch(
+        _conv_pool,
+        images * counts[0] * counts[1] * groups * counts[2],
+        input.device,
+        [
+            *(given.images, given.weights, scale, bias, out),
+            *(*input.shape[2:], made_height, made_width, out_height, out_width, padding, *counts, *given.strides),
+        ],
+        **given.constants,
+        GROUP_OUTPUTS=of_group,
+        GROUPS=groups,
+        RELU=relu,
+        POOL=pool,
+        POOL_PADDING=pool_padding,
+        ROWS=tile["rows"],
+        COLUMNS=tile["columns"],
+        OUTPUTS=tile["outputs"],
+        num_warps=tile["warps"],
+        num_stages=tile["stages"],
+    )
+
+
+def conv_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    relu: bool = True,
+    pool: bool = False,
+    pool_padding: int = 0,
+    groups: int = 1,
+) -> Tensor:
+    """``conv_pool`` of the catalogue."""
+    options: dict[str, Any] = {"padding": padding, "relu": relu, "pool": pool, "pool_padding": pool_padding}
+    out = contract.fake(input, weight, bias, groups=groups, **options)
+    conv_pool_mixed(input, weight, None, bias, groups=groups, out=out, **options)
+    return out
+
+
+def model_calls(model_size: ModelSize, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What EfficientAD-S and -M ask for at 256 x 256, in batches of 1 and 32, for the kernel report."""
+
+    def call(one: Convolution, images: int) -> None:
+        narrow = torch.float16 if one.channels < 16 and dtype == torch.float8_e4m3fn else dtype
+        input = torch.empty(images, one.channels * one.groups, one.side, one.side, dtype=narrow, device="meta")
+        weight = torch.empty(
+            one.outputs * one.groups, one.channels, one.kernel, one.kernel, dtype=narrow, device="meta"
+        )
+        scale, bias = (torch.empty(one.outputs * one.groups, device="meta") for _ in range(2))
+        out = torch.empty(images, one.outputs * one.groups, one.out_side, one.out_side, dtype=dtype, device="meta")
+        conv_pool_mixed(
+            channels_last(input),
+            channels_last(weight),
+            scale if dtype == torch.float8_e4m3fn else None,
+            bias,
+            padding=one.padding,
+            pool=one.pool,
+            pool_padding=one.pool_padding,
+            groups=one.groups,
+            out=channels_last(out),
+        )
+
+    return {
+        f"{one.name}{', padded' if padded else ''}, batch {images}": partial(call, one, images)
+        for padded in (False, True)
+        for one in convolutions(model_size, padded=padded)
+        for images in (1, 32)
+    }
+
+
+def representative_calls() -> dict[str, Callable[[], object]]:
+    """What the kernel report compiles, with meta tensors inside `launching.recorded`."""
+    return {
+        f"{name} of {model_size.upper()}": call
+        for model_size in get_args(ModelSize)
+        for name, call in model_calls(model_size, torch.float16).items()
+        if "padded" not in name
+    }
+
+
+overloads = {"default": conv_pool, "mixed": conv_pool_mixed}
