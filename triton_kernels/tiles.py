@@ -30,14 +30,17 @@ TABLE_VARIABLE = "EFFICIENTAD_FAST_TILES"
 Facts = Mapping[str, int | float | bool | str]
 Rule = Mapping[str, Any]
 
-_forced: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("forced", default=MappingProxyType({}))
+_forced: ContextVar[Mapping[Any, Mapping[str, int]]] = ContextVar("forced", default=MappingProxyType({}))
 _stated: ContextVar[list[tuple[str, dict[str, Any]]] | None] = ContextVar("stated", default=None)
 
 
 @contextlib.contextmanager
-def forced(kernel: str, tile: Mapping[str, int]) -> Iterator[None]:
-    """Inside, and in this thread, ``kernel`` works in ``tile``, whatever the rules say: for who times candidates."""
-    token = _forced.set({**_forced.get(), kernel: tile})
+def forced(kernel: str, facts: Facts, tile: Mapping[str, int]) -> Iterator[None]:
+    """Inside, and in this thread, ``kernel`` works in ``tile`` for those facts, whatever the rules say.
+
+    For who times candidates.
+    """
+    token = _forced.set({**_forced.get(), _key(kernel, facts): tile})
     try:
         yield
     finally:
@@ -94,8 +97,9 @@ def choose(kernel: str, facts: Facts) -> dict[str, int]:
     noted = _stated.get()
     if noted is not None:
         noted.append((kernel, dict(facts)))
-    if kernel in _forced.get():
-        return dict(_forced.get()[kernel])
+    tile = _forced.get().get(_key(kernel, facts))
+    if tile is not None:
+        return dict(tile)
     for rule in rules(kernel):
         if all(_holds(facts[name], wanted) for name, wanted in rule["when"].items()):
             return dict(rule["tile"])
@@ -107,3 +111,7 @@ def _holds(fact: int | float | bool | str, wanted: Any) -> bool:
         least, most = wanted
         return (least is None or fact >= least) and (most is None or fact <= most)
     return bool(fact == wanted)
+
+
+def _key(kernel: str, facts: Facts) -> tuple[str, frozenset[tuple[str, int | float | bool | str]]]:
+    return kernel, frozenset(facts.items())
