@@ -2,7 +2,7 @@
 
 Source: SPEC "Autoencoder"; paper, table 9; `efficientad_fast.reference.networks` (Encoder, Decoder). 13 convolutions,
 enconv1 to enconv6 and deconv1 to deconv7, with ReLU after all but enconv6; those of the decoder read what was resized
-before (bilinear, ``align_corners=False``). Dropout does nothing. Two overloads:
+before (bilinear, ``align_corners=False``). Dropout does nothing. Three overloads:
 
 ``autoencoder(image, weights, biases, size)``
 
@@ -24,6 +24,17 @@ numbers)`` in float32, contiguous, with ``numbers`` of at least :func:`workspace
 work. What it holds before and after means nothing. Allocates nothing on a device where the image's channels are next to
 each other in memory.
 
+``autoencoder.mixed(image, weights, biases, *, out, workspace)``
+
+The same in mixed precision, written into ``out``: image and weights are float32, float16 or bfloat16, all of them the
+same; biases are float32. The image has 3 channels, or 4 where the first weight has 4 inputs: with a fourth of zeros, a
+pixel in 16 bits fills 8 bytes. Sums are in float32, and products of float32 are not rounded to TF32. What a convolution
+reads is rounded to the image's dtype: after ReLU, and again after resizing, which is done in float32. out, dense and
+channels-last, has the image's dtype or float8_e4m3fn, in which what is beyond 448 becomes 448. workspace is
+``(numbers,)`` in the image's dtype, contiguous, with ``numbers`` of at least :func:`mixed_workspace_size`; what it
+holds before and after means nothing. Allocates nothing on a device where the image's channels are next to each other in
+memory and weights are channels-last, which is how kernels read them.
+
 Errors, in one sentence with argument, expected, got: `InputError` of the reference, RuntimeError of compiled kernels.
 """
 
@@ -32,6 +43,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,6 +53,12 @@ from efficientad_fast.ops.packing import Source
 from efficientad_fast.reference.networks import SMALLEST_SIDE, Decoder
 
 IMAGE_CHANNELS = 3
+MIXED_CHANNELS = (3, 4)
+"""Of images that ``mixed`` takes."""
+
+MIXED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of what ``mixed`` multiplies."""
+
 CHANNELS = (32, 32, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64)
 """Outputs of the layers in EfficientAD; the operator takes others too."""
 
@@ -102,21 +120,38 @@ def workspace_size(image_size: Sequence[int], size: Sequence[int], channels: Seq
     return packing.WORKSPACE + 2 * packing.round_up(largest, packing.CHUNK)
 
 
+def mixed_parts(
+    images: int, image_size: Sequence[int], size: Sequence[int], channels: Sequence[int] = CHANNELS
+) -> tuple[int, int]:
+    """Numbers of the workspace's two parts, into which layers write in turn: room for the largest of each.
+
+    Both are multiples of 16, so that each begins at as many bytes as vectors have.
+
+    Args:
+        images: how many.
+        image_size, size: height and width of images and result.
+        channels: outputs of each layer; those of the last, which writes the result, do not matter.
+    """
+    largest = [0, 0]
+    for index, (layer, written) in enumerate(zip(layers(image_size, size)[:-1], channels, strict=False)):
+        height, width = layer.out_size
+        largest[index % 2] = max(largest[index % 2], images * height * width * written)
+    even, odd = (packing.round_up(one, packing.CHUNK) for one in largest)
+    return even, odd
+
+
+def mixed_workspace_size(
+    images: int, image_size: Sequence[int], size: Sequence[int], channels: Sequence[int] = CHANNELS
+) -> int:
+    """Numbers of the workspace of ``mixed``; arguments as of :func:`mixed_parts`."""
+    return sum(mixed_parts(images, image_size, size, channels))
+
+
 def check(image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], size: Sequence[int]) -> None:
     """What every implementation in Python refuses; csrc/autoencoder.h says the same for the compiled ones."""
     _check_image(image)
     require_positive_size("autoencoder", size)
-    _check_count("weights", weights)
-    _check_count("biases", biases)
-    read = IMAGE_CHANNELS
-    for index, (layer, weight, bias) in enumerate(zip(layers(image.shape[2:], size), weights, biases, strict=True)):
-        name, shape, kernel = f"weights[{index}]", tuple(weight.shape), layer.kernel
-        fitting = len(shape) == 4 and shape[0] >= 1 and shape[1:] == (read, kernel, kernel)
-        require(fitting, "autoencoder", name, f"(outputs, {read}, {kernel}, {kernel})", shape)
-        packing.check_float32("autoencoder", name, weight)
-        require_one_device("autoencoder", "image", image.device, {name: weight})
-        read = shape[0]
-        packing.check_bias("autoencoder", f"biases[{index}]", bias, read, "image", image)
+    _check_parameters(image, weights, biases, size)
 
 
 def check_outputs(
@@ -148,11 +183,64 @@ def check_outputs(
     return channels
 
 
-def _check_image(image: Tensor) -> None:
+def check_mixed(
+    image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], out: Tensor, workspace: Tensor
+) -> None:
+    """What the overload in mixed precision refuses."""
+    _check_image(image, mixed=True)
+    shape = tuple(out.shape)
+    fitting = len(shape) == 4 and min(shape[1:]) >= 1
+    require(fitting, "autoencoder", "out", "(N, C, h, w) with C, h and w of at least 1", shape)
+    _check_parameters(image, weights, biases, shape[2:], mixed=True)
+    expected = (image.shape[0], weights[-1].shape[0], *shape[2:])
+    require(shape == expected, "autoencoder", "out", str(expected), shape)
+    narrow = out.dtype in (image.dtype, torch.float8_e4m3fn)
+    require(narrow, "autoencoder", "out", f"{image.dtype} as image is, or float8_e4m3fn", out.dtype)
+    packing.check_activations("autoencoder", "out", out, "image", image, mixed=True)
+    channels = [one.shape[0] for one in weights]
+    numbers = mixed_workspace_size(image.shape[0], image.shape[2:], shape[2:], channels)
+    enough = workspace.dim() == 1 and workspace.shape[0] >= numbers
+    require(enough, "autoencoder", "workspace", f"(numbers,) of at least ({numbers},)", tuple(workspace.shape))
+    packing.check_same_dtype("autoencoder", "workspace", workspace, "image", image)
+    contiguous = workspace.is_contiguous()
+    require(contiguous, "autoencoder", "workspace", "contiguous", f"strides {workspace.stride()}")
+    require_one_device("autoencoder", "image", image.device, {"workspace": workspace})
+
+
+def _check_parameters(
+    image: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    size: Sequence[int],
+    *,
+    mixed: bool = False,
+) -> None:
+    _check_count("weights", weights)
+    _check_count("biases", biases)
+    read = image.shape[1]
+    for index, (layer, weight, bias) in enumerate(zip(layers(image.shape[2:], size), weights, biases, strict=True)):
+        name, shape, kernel = f"weights[{index}]", tuple(weight.shape), layer.kernel
+        fitting = len(shape) == 4 and shape[0] >= 1 and shape[1:] == (read, kernel, kernel)
+        require(fitting, "autoencoder", name, f"(outputs, {read}, {kernel}, {kernel})", shape)
+        if mixed:
+            packing.check_same_dtype("autoencoder", name, weight, "image", image)
+        else:
+            packing.check_float32("autoencoder", name, weight)
+        require_one_device("autoencoder", "image", image.device, {name: weight})
+        read = shape[0]
+        packing.check_bias("autoencoder", f"biases[{index}]", bias, read, "image", image)
+
+
+def _check_image(image: Tensor, *, mixed: bool = False) -> None:
     shape = tuple(image.shape)
-    rgb = len(shape) == 4 and shape[1] == IMAGE_CHANNELS
-    require(rgb, "autoencoder", "image", "(N, 3, H, W)", shape)
-    packing.check_float32("autoencoder", "image", image)
+    fitting = len(shape) == 4 and shape[1] in (MIXED_CHANNELS if mixed else (IMAGE_CHANNELS,))
+    expected = "(N, 3, H, W) or (N, 4, H, W)" if mixed else "(N, 3, H, W)"
+    require(fitting, "autoencoder", "image", expected, shape)
+    if mixed:
+        known = image.dtype in MIXED_DTYPES
+        require(known, "autoencoder", "image", "float32, float16 or bfloat16", image.dtype)
+    else:
+        packing.check_float32("autoencoder", "image", image)
     height, width = shape[2:]
     large = height >= SMALLEST_SIDE and width >= SMALLEST_SIDE
     require(large, "autoencoder", "image", f"at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels", f"{height}x{width}")
@@ -205,4 +293,47 @@ def fake_out(
     check_outputs(image, packed, biases, out, workspace)
 
 
-overloads = {"default": Overload(reference, fake), "out": Overload(reference_out, fake_out)}
+def compute_mixed(
+    image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], size: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The formula of ``mixed``, in any floating dtype; checks nothing.
+
+    Args:
+        dtype: to which is rounded what convolutions read. The result is not rounded.
+    """
+    result = image
+    for layer, weight, bias in zip(layers(image.shape[2:], size), weights, biases, strict=True):
+        result = _rounded(result, dtype)
+        if layer.resized:
+            result = _rounded(F.interpolate(result, layer.size, mode="bilinear", align_corners=False), dtype)
+        result = F.conv2d(result, weight, bias, stride=layer.stride, padding=layer.padding)
+        if layer.relu:
+            result = F.relu(result, inplace=True)
+    return result
+
+
+def _rounded(given: Tensor, dtype: torch.dtype) -> Tensor:
+    return given.to(dtype).to(given.dtype)
+
+
+def reference_mixed(
+    image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, out: Tensor, workspace: Tensor
+) -> None:
+    check_mixed(image, weights, biases, out, workspace)
+    if image.shape[0] > 0:
+        wide = packing.wide(image)
+        wide_weights, wide_biases = ([one.to(wide.dtype) for one in given] for given in (weights, biases))
+        packing.narrow_into(out, compute_mixed(wide, wide_weights, wide_biases, out.shape[2:], image.dtype))
+
+
+def fake_mixed(
+    image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, out: Tensor, workspace: Tensor
+) -> None:
+    check_mixed(image, weights, biases, out, workspace)
+
+
+overloads = {
+    "default": Overload(reference, fake),
+    "out": Overload(reference_out, fake_out),
+    "mixed": Overload(reference_mixed, fake_mixed),
+}
