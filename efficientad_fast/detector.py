@@ -25,7 +25,7 @@ from efficientad_fast.data.decode import check_decode_options, decode_image
 from efficientad_fast.data.folders import list_images
 from efficientad_fast.errors import DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
-from efficientad_fast.plan import Backend, Plan, PlanInput, build_plan, parse_device, parse_dtype
+from efficientad_fast.plan import DTYPES, Backend, Plan, PlanInput, build_plan, parse_device, parse_dtype
 from efficientad_fast.reference.maps import MapConvention, Quantiles
 from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
 from efficientad_fast.reference.preprocess import (
@@ -132,6 +132,41 @@ class Preprocessing:
         )
 
 
+PRECISIONS = ("float16", "bfloat16", "float8")
+"""The dtypes that a detector may be calibrated in again; see :class:`Precision`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Precision:
+    """What a detector needs to know in one dtype of its networks; :meth:`Detector.calibrated` estimates it.
+
+    Attributes:
+        quantiles, threshold: in place of the detector's own, which were estimated in float32.
+        activations: of float8 alone, by layer: the largest activation of each channel, ``(channels,)`` float32, from
+            which the scales of that layer are made.
+        provenance: of what they were estimated, and where; anything JSON holds.
+
+    Raises:
+        InputError: a value that cannot be.
+    """
+
+    quantiles: Quantiles | None
+    threshold: float
+    activations: Mapping[str, Tensor] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_threshold(self.threshold)
+        _check_quantiles(self.quantiles)
+        for layer, largest in (self.activations or {}).items():
+            known = largest.ndim == 1 and largest.dtype == torch.float32
+            if not known or not bool((largest.isfinite() & (largest >= 0)).all()):
+                raise InputError(
+                    f"The activations of {layer} must be a number for each channel, finite and not negative, in "
+                    f"float32, got shape {tuple(largest.shape)}, {largest.dtype}. Calibrate again."
+                )
+
+
 @dataclass(frozen=True)
 class DecodeOptions:
     """How arrays and files are read; see ``data.decode.decode_image``. ``None`` leaves it to the detector."""
@@ -188,6 +223,8 @@ class Detector:
         threshold: an image whose score is above it is anomalous.
         map_convention, pad_maps: see SPEC "Maps and score".
         provenance: data, steps, versions, date; anything JSON holds.
+        precisions: by the dtype's name, one of :data:`PRECISIONS`: what is in place of ``quantiles`` and ``threshold``
+            where the networks run in that dtype. Without an entry those hold in it as well; float8 needs one.
     """
 
     teacher: PatchDescriptionNetwork
@@ -201,6 +238,7 @@ class Detector:
     map_convention: MapConvention = "resized"
     pad_maps: bool = True
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
     _plans: dict[tuple[torch.device, torch.dtype, Backend], Plan] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -228,14 +266,13 @@ class Detector:
         for name in ("teacher_mean", "teacher_std"):
             shape = tuple(getattr(self, name).shape)
             require(shape == (channels,), name, f"have shape ({channels},)", shape)
-        require(not math.isnan(self.threshold), "threshold", "be a number or infinity", self.threshold)
-        if self.quantiles is not None:
-            given = astuple(self.quantiles)
-            require(all(map(math.isfinite, given)), "quantiles", "be finite", given)
-            different = given[0] != given[1] and given[2] != given[3]
-            require(
-                different, "quantiles", "have ends other than their starts (None leaves the maps as they are)", given
-            )
+        _check_threshold(self.threshold)
+        _check_quantiles(self.quantiles)
+        for name, precision in self.precisions.items():
+            require(name in PRECISIONS, "precisions", f"be of {', '.join(PRECISIONS)}", repr(name))
+            scaled = precision.activations is not None
+            expected = "have activations" if name == "float8" else "have no activations, which float8 alone needs"
+            require(scaled == (name == "float8"), f"precisions[{name!r}]", expected, "some" if scaled else "none")
         for network in (self.teacher, self.student, self.autoencoder):
             network.eval().requires_grad_(False)
 
@@ -252,7 +289,16 @@ class Detector:
         return self.preprocessing.size
 
     def replaced(self, **changes: Any) -> Detector:
-        """A copy with some fields changed, such as ``threshold``; networks are shared."""
+        """A copy with some fields changed, such as ``threshold``; networks are shared.
+
+        A new ``threshold`` holds in every dtype. Where anything else than it and ``provenance`` changes, ``precisions``
+        are left out, unless they are given: they were estimated for what was.
+        """
+        if "precisions" not in changes:
+            kept = self.precisions if changes.keys() <= {"threshold", "provenance"} else {}
+            if "threshold" in changes:
+                kept = {name: replace(one, threshold=changes["threshold"]) for name, one in kept.items()}
+            changes["precisions"] = kept
         return replace(self, **changes)
 
     def summary(self) -> dict[str, object]:
@@ -263,6 +309,11 @@ class Detector:
             "threshold": round(self.threshold, 6),
             "map convention": self.map_convention,
         }
+        if self.precisions:
+            facts["calibrated in"] = ", ".join(
+                f"{name} (threshold {round(one.threshold, 6)}, {one.provenance.get('images', '?')} images)"
+                for name, one in self.precisions.items()
+            )
         for key, value in self.provenance.items():
             # The settings are for repeating a training, and stay in the file.
             if key != "settings":
@@ -279,6 +330,9 @@ class Detector:
         }
         tensors["teacher_mean"] = self.teacher_mean
         tensors["teacher_std"] = self.teacher_std
+        for name, precision in self.precisions.items():
+            for layer, largest in (precision.activations or {}).items():
+                tensors[f"precisions.{name}.{layer}"] = largest
         facts = {
             "model_size": self.teacher.model_size,
             "out_channels": self.teacher.out_channels,
@@ -289,6 +343,15 @@ class Detector:
             "map_convention": self.map_convention,
             "pad_maps": self.pad_maps,
             "provenance": dict(self.provenance),
+            "precisions": {
+                name: {
+                    "quantiles": None if one.quantiles is None else asdict(one.quantiles),
+                    "threshold": one.threshold,
+                    "activations": None if one.activations is None else list(one.activations),
+                    "provenance": dict(one.provenance),
+                }
+                for name, one in self.precisions.items()
+            },
         }
         write_tensors(path, tensors, {"format": FILE_FORMAT, "detector": json.dumps(facts)})
         return Path(path)
@@ -338,8 +401,10 @@ class Detector:
                 map_convention=facts["map_convention"],
                 pad_maps=bool(facts["pad_maps"]),
                 provenance=facts["provenance"],
+                # Files of before there were any have none.
+                precisions=_stored_precisions(facts.get("precisions", {}), tensors),
             )
-        except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
             raise DetectorFileError(
                 f"{path} says it is a detector of this package, but its content is not: {error}. "
                 "Copy or train it again."
@@ -347,16 +412,26 @@ class Detector:
 
     # Predicting
 
-    def plan_input(self, size: tuple[int, int]) -> PlanInput:
-        """What plans of this detector are made from, for network inputs of ``size`` (height, width)."""
+    def precision(self, dtype: str | torch.dtype) -> Precision:
+        """Quantiles and threshold where the networks run in ``dtype``: its own, or the detector's.
+
+        Raises:
+            InputError: an unknown dtype.
+        """
+        own = self.precisions.get(dtype_name(parse_dtype(dtype)))
+        return Precision(self.quantiles, self.threshold) if own is None else own
+
+    def plan_input(self, size: tuple[int, int], dtype: str | torch.dtype = "float32") -> PlanInput:
+        """What plans of this detector are made from, for inputs of ``size`` (height, width) and a dtype."""
         shape = (1, -1, 1, 1)
+        precision = self.precision(dtype)
         return PlanInput(
             self.teacher,
             self.student,
             self.autoencoder,
             self.teacher_mean.view(shape),
             self.teacher_std.view(shape),
-            self.quantiles,
+            precision.quantiles,
             self.map_convention,
             self.pad_maps,
             size,
@@ -373,7 +448,8 @@ class Detector:
         key = (parse_device(device), parse_dtype(dtype), backend)
         with self._lock:
             if key not in self._plans:
-                self._plans[key] = build_plan(self.plan_input(self.size), key[0], key[1], backend=backend)
+                source = self.plan_input(self.size, key[1])
+                self._plans[key] = build_plan(source, key[0], key[1], backend=backend)
             return self._plans[key]
 
     def warmup(
@@ -434,7 +510,8 @@ class Detector:
             (source,) = several
             # In this thread: there is nothing to decode ahead.
             decoded = _decode(source, _name(source, 0), self.preprocessing, options)
-            (prediction,) = self._predict_batch(iter([decoded]), 1, plan, map_size == "original")
+            threshold = self.precision(plan.dtype).threshold
+            (prediction,) = self._predict_batch(iter([decoded]), 1, plan, threshold, map_size == "original")
             if prediction.error is not None:
                 raise ImageError(prediction.error)
             return prediction
@@ -492,12 +569,13 @@ class Detector:
     ) -> Iterator[Prediction]:
         if isinstance(images, list | tuple):
             batch_size = min(batch_size, len(images))
+        threshold = self.precision(plan.dtype).threshold
         with _decoding_ahead(images, self.preprocessing, options, batch_size) as decoded:
-            while predictions := self._predict_batch(decoded, batch_size, plan, original_maps):
+            while predictions := self._predict_batch(decoded, batch_size, plan, threshold, original_maps):
                 yield from predictions
 
     def _predict_batch(
-        self, decoded: Iterator[_Decoded], batch_size: int, plan: Plan, original_maps: bool
+        self, decoded: Iterator[_Decoded], batch_size: int, plan: Plan, threshold: float, original_maps: bool
     ) -> list[Prediction]:
         """Of the next ``batch_size`` images, or of those that are left."""
         batch = self.preprocessing.empty_batch(batch_size)
@@ -525,8 +603,44 @@ class Detector:
                 if math.isnan(score):
                     predictions.append(Prediction(item.source, score, None, pixels, f"{item.source}: {_NO_SCORE}"))
                 else:
-                    predictions.append(Prediction(item.source, score, score > self.threshold, pixels))
+                    predictions.append(Prediction(item.source, score, score > threshold, pixels))
         return predictions
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a dtype of :data:`plan.DTYPES` is called there."""
+    return next(name for name, one in DTYPES.items() if one == dtype)
+
+
+def _check_threshold(threshold: float) -> None:
+    if math.isnan(threshold):
+        raise InputError(f"threshold must be a number or infinity, got {threshold}.")
+
+
+def _check_quantiles(quantiles: Quantiles | None) -> None:
+    if quantiles is None:
+        return
+    given = astuple(quantiles)
+    if not all(map(math.isfinite, given)):
+        raise InputError(f"quantiles must be finite, got {given}.")
+    if given[0] == given[1] or given[2] == given[3]:
+        raise InputError(
+            f"quantiles must have ends other than their starts (None leaves the maps as they are), got {given}."
+        )
+
+
+def _stored_precisions(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Precision]:
+    return {
+        name: Precision(
+            None if one["quantiles"] is None else Quantiles(**one["quantiles"]),
+            float(one["threshold"]),
+            None
+            if one["activations"] is None
+            else {layer: tensors[f"precisions.{name}.{layer}"] for layer in one["activations"]},
+            one["provenance"],
+        )
+        for name, one in stored.items()
+    }
 
 
 def _empty_networks(model_size: Any, out_channels: int, *, padding: bool) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from PIL import Image, ImageSequence
 
 from efficientad_fast import Detector, Prediction, Preprocessing
 from efficientad_fast import detector as detector_module
+from efficientad_fast.detector import Precision
 from efficientad_fast.errors import BackendError, DatasetError, DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
 from efficientad_fast.reference.maps import Quantiles, image_score, resize_map
@@ -676,3 +677,98 @@ def test_the_summary_describes_the_teacher_in_a_line_and_leaves_out_the_settings
     provenance = {"training_images": 7, "settings": {"steps": 1}, "teacher": {"made_by": "hand"}}
     summary = small_detector(provenance=provenance).summary()
     assert summary["teacher"] == "hand" and summary["training images"] == 7 and "settings" not in summary
+
+
+# Precisions
+
+
+def _precision(name: str, threshold: float = 0.3) -> Precision:
+    activations = {"conv1": torch.rand(6), "map_st": torch.zeros(2)} if name == "float8" else None
+    return Precision(Quantiles(0.2, 0.4, 0.1, 0.3), threshold, activations, {"images": 3})
+
+
+def test_precisions_survive_saving_bit_for_bit(tmp_path: Path) -> None:
+    original = small_detector().replaced(precisions={name: _precision(name) for name in ("float8", "float16")})
+    loaded = Detector.load(original.save(tmp_path / "m.safetensors"))
+    assert list(loaded.precisions) == ["float8", "float16"]
+    for name, one in original.precisions.items():
+        other = loaded.precisions[name]
+        for attribute in ("quantiles", "threshold", "provenance"):
+            assert getattr(other, attribute) == getattr(one, attribute)
+    before, after = original.precisions["float8"].activations, loaded.precisions["float8"].activations
+    assert before is not None and after is not None
+    assert before.keys() == after.keys() and all(torch.equal(before[layer], after[layer]) for layer in before)
+    assert loaded.precisions["float16"].activations is None
+    assert "float8 (threshold 0.3, 3 images)" in str(original.summary()["calibrated in"])
+
+
+def test_a_file_of_before_there_were_precisions_loads(tmp_path: Path) -> None:
+    path = small_detector().save(tmp_path / "m.safetensors")
+    tensors, metadata = read_tensors(path)
+    fields = json.loads(metadata["detector"])
+    del fields["precisions"]
+    write_tensors(path, tensors, {**metadata, "detector": json.dumps(fields)})
+    assert Detector.load(path).precisions == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda stored, tensors: tensors.pop("precisions.float8.conv1"), "conv1"),
+        (lambda stored, tensors: tensors["precisions.float8.conv1"].fill_(math.nan), "conv1"),
+        (lambda stored, tensors: tensors["precisions.float8.conv1"].fill_(-1), "conv1"),
+        (lambda stored, tensors: tensors.update({"precisions.float8.conv1": torch.ones(2, 3)}), "conv1"),
+        (lambda stored, tensors: stored["float8"].pop("threshold"), "threshold"),
+        (lambda stored, tensors: stored["float8"].update(quantiles={"st_start": 1}), "st_end"),
+        (lambda stored, tensors: stored["float8"].update(activations=None), "activations"),
+        (lambda stored, tensors: stored["float8"].update(threshold=math.nan), "threshold"),
+        (lambda stored, tensors: stored.update(float4=stored["float8"]), "float4"),
+        (lambda stored, tensors: stored.update(float8=[1]), "damaged|content is not"),
+    ],
+)
+def test_damaged_precisions_are_refused(tmp_path: Path, damage: Callable[..., object], message: str) -> None:
+    path = small_detector().replaced(precisions={"float8": _precision("float8")}).save(tmp_path / "m.safetensors")
+    tensors, metadata = read_tensors(path)
+    fields = json.loads(metadata["detector"])
+    damage(fields["precisions"], tensors)
+    write_tensors(path, tensors, {**metadata, "detector": json.dumps(fields)})
+    with pytest.raises(DetectorFileError, match=message):
+        Detector.load(path)
+
+
+def test_precisions_that_do_not_fit_are_refused() -> None:
+    for name, precision in (("float8", _precision("float16")), ("float16", _precision("float8"))):
+        with pytest.raises(InputError, match="activations"):
+            small_detector().replaced(precisions={name: precision})
+    for name in ("float32", "int8"):
+        with pytest.raises(InputError, match="float16, bfloat16, float8"):
+            small_detector().replaced(precisions={name: _precision("float16")})
+
+
+def test_a_new_threshold_holds_in_every_dtype_and_a_new_network_drops_what_was_estimated_with_the_old() -> None:
+    detector = small_detector().replaced(precisions={"float16": _precision("float16")})
+    changed = detector.replaced(threshold=0.7)
+    assert changed.threshold == changed.precisions["float16"].threshold == 0.7
+    assert changed.precisions["float16"].quantiles == detector.precisions["float16"].quantiles
+    assert detector.precisions["float16"].threshold == 0.3
+    assert detector.replaced(provenance={"data": "x"}).precisions == detector.precisions
+    assert detector.replaced(pad_maps=False).precisions == {}
+    assert detector.replaced(quantiles=None).precisions == {}
+
+
+def test_a_dtype_of_its_own_quantiles_and_threshold_uses_them(folder: Path) -> None:
+    path = folder / "1.png"
+    detector = small_detector()
+    plain = _one(detector.predict(path, dtype="bfloat16")).score
+    threshold = math.nextafter(plain, -math.inf)
+    assert detector.quantiles is not None
+    calibrated = detector.replaced(
+        threshold=math.inf, precisions={"bfloat16": Precision(detector.quantiles, threshold)}
+    )
+    assert _one(calibrated.predict(path)).label is False
+    same = _one(calibrated.predict(path, dtype="bfloat16"))
+    assert same.score == plain and same.label is True
+    other = dataclasses.replace(calibrated.precisions["bfloat16"], quantiles=Quantiles(0.1, 0.9, 0.05, 0.9))
+    rescaled = calibrated.replaced(precisions={"bfloat16": other})
+    assert _one(rescaled.predict(path, dtype="bfloat16")).score != plain
+    assert _one(rescaled.predict(path)).score == _one(detector.predict(path)).score
