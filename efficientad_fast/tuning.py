@@ -1,0 +1,324 @@
+"""Tiles for the GPU that is there: times those that a kernel may work in, and keeps the fastest in the user's table.
+
+What a kernel is asked for is taken from plans: for every step the kernel states facts, by which the rules choose (see
+`efficientad_fast.triton_kernels.tiles`). A rule of the user's table holds for exactly the facts that it was timed for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from efficientad_fast.errors import BackendError, InputError
+from efficientad_fast.files import atomic_path
+
+Tile = Mapping[str, int]
+
+LEAST_GAIN = 0.01
+"""Of the time: a tile that gains less is not better than one that was tried before."""
+
+_MEASURED_SECONDS = 0.02
+_MOST_RUNS, _FEWEST_REPLAYS = 50, 5
+
+
+class Step(Protocol):
+    """One operator of a prediction, bound to its buffers; of a plan."""
+
+    @property
+    def layer(self) -> str: ...
+
+    @property
+    def out(self) -> Tensor: ...
+
+    @property
+    def run(self) -> Callable[[], object]: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a kernel is asked for.
+
+    Attributes:
+        facts: that it states.
+        steps: that ask for just that; what is fastest for all of them together counts.
+    """
+
+    kernel: str
+    facts: Mapping[str, Any]
+    steps: Sequence[Step]
+
+    @property
+    def layers(self) -> str:
+        return ", ".join(dict.fromkeys(step.layer for step in self.steps))
+
+
+@dataclass
+class Tuned:
+    """What was found for a case.
+
+    Attributes:
+        tile: the fastest.
+        seconds, first_seconds: of it, and of the tile that the rules chose before.
+        tried: how many were timed.
+        refused: of the others, with the reason: they do not compile, need more than a multiprocessor has, or are wrong.
+        finished: whether everything was tried that should be.
+    """
+
+    case: Case
+    tile: dict[str, int]
+    seconds: float
+    first_seconds: float
+    tried: int = 1
+    refused: list[tuple[dict[str, int], str]] = field(default_factory=list)
+    finished: bool = False
+
+
+def _module(name: str) -> Any:
+    """Of the Triton kernels, which are installed from another folder, where type checkers do not look for them."""
+    return importlib.import_module(f"efficientad_fast.triton_kernels.{name}")
+
+
+def cases_of(steps: Sequence[Step]) -> list[Case]:
+    """By kernel and facts, in the order in which they are first asked for. Runs every step once."""
+    tiles = _module("tiles")
+    found: dict[tuple[str, str], Case] = {}
+    for step in steps:
+        with tiles.stated() as stated:
+            step.run()
+        for kernel, facts in stated:
+            key = kernel, json.dumps(facts, sort_keys=True)
+            known = found.get(key, Case(kernel, facts, ()))
+            if step not in known.steps:
+                found[key] = Case(kernel, facts, (*known.steps, step))
+    return list(found.values())
+
+
+def candidates(case: Case) -> list[dict[str, int]]:
+    """The tiles that its kernel's module offers; none where it offers no choice."""
+    module = _module(case.kernel.partition(".")[0])
+    offer: Callable[[Mapping[str, Any]], list[dict[str, int]]] | None = getattr(module, "candidates", None)
+    return [] if offer is None else offer(case.facts)
+
+
+def device_seconds(run: Callable[[], object]) -> float:
+    """Of one run on the current CUDA device, by replays of a graph that holds many."""
+
+    def timed(call: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    run()
+    torch.cuda.synchronize()
+    runs = max(1, min(_MOST_RUNS, int(_MEASURED_SECONDS / _FEWEST_REPLAYS / max(timed(run), 1e-7))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(runs):
+            run()
+    timed(graph.replay)
+    times: list[float] = []
+    while len(times) < _FEWEST_REPLAYS or (sum(times) < _MEASURED_SECONDS and len(times) < 100):
+        times.append(timed(graph.replay))
+    return statistics.median(times) / runs
+
+
+def search(
+    case: Case,
+    *,
+    timer: Callable[[Callable[[], object]], float] = device_seconds,
+    thorough: bool = False,
+    seconds: float = math.inf,
+    keep: Callable[[Tuned], object] = lambda found: None,
+) -> Tuned:
+    """Times tiles, beginning with the one that the rules choose now.
+
+    A tile counts whose results are those of the first tile to the rounding of their dtype; they are full of NaN before.
+
+    Args:
+        timer: seconds of a run.
+        thorough: try all. Else those that differ in one number from the fastest so far, until none of them is faster.
+        seconds: no tile is begun after so many.
+        keep: is given what was found so far, whenever that is better than before.
+
+    Raises:
+        BackendError: the first tile does not work, or none does any more.
+    """
+    tiles = _module("tiles")
+    begin = time.monotonic()
+    chosen = tiles.choose(case.kernel, case.facts)
+    expected = _results(case)
+    first = sum(timer(step.run) for step in case.steps)
+    found = Tuned(case, chosen, first, first)
+    waiting = [one for one in candidates(case) if one != chosen]
+
+    def is_next(tile: Tile) -> bool:
+        return sum(tile.get(name) != found.tile.get(name) for name in {*tile, *found.tile}) == 1
+
+    alone = not any(map(is_next, waiting))
+    while waiting:
+        batch = waiting if thorough or alone else [one for one in waiting if is_next(one)]
+        if not batch:
+            break
+        waiting = [one for one in waiting if one not in batch]
+        for tile in batch:
+            if time.monotonic() - begin > seconds:
+                return found
+            try:
+                with tiles.forced(case.kernel, case.facts, tile):
+                    _check(case, expected)
+                    taken = sum(timer(step.run) for step in case.steps)
+            except Exception as error:  # compilers and drivers raise what they like
+                found.refused.append((tile, f"{type(error).__name__}: {error}".partition("\n")[0]))
+                _require_working(case, expected, found.refused[-1][1])
+                continue
+            found.tried += 1
+            if taken < (1 - LEAST_GAIN) * found.seconds:
+                found.tile, found.seconds = tile, taken
+                keep(found)
+    found.finished = True
+    return found
+
+
+class _WrongResult(Exception):
+    """Of a tile."""
+
+
+def _results(case: Case) -> list[Tensor]:
+    """Of every step, in float32."""
+    made = []
+    for step in case.steps:
+        step.out.fill_(math.nan)
+        step.run()
+        made.append(step.out.float())
+    return made
+
+
+def _check(case: Case, expected: Sequence[Tensor]) -> None:
+    for step, result, right in zip(case.steps, _results(case), expected, strict=True):
+        # Sums in another order, and where that crosses a boundary a rounding to the other side.
+        error = float((result - right).norm() / right.norm().clamp(min=1e-30))
+        if not error <= max(torch.finfo(step.out.dtype).eps, 1e-4):
+            raise _WrongResult(f"{step.layer} is off by {error:.1e}")
+
+
+def _require_working(case: Case, expected: Sequence[Tensor], reason: str) -> None:
+    """A kernel that wrote where it must not leaves the device unusable for this process."""
+    try:
+        _check(case, expected)
+    except Exception as error:
+        raise BackendError(
+            f"After a tile of {case.kernel} that failed ({reason}), the one that works fails too ({error}). What was "
+            "found before is kept; start again to go on."
+        ) from error
+
+
+def tune(
+    plans: Sequence[tuple[str, Callable[[], Sequence[Step]]]],
+    *,
+    device_name: str,
+    timer: Callable[[Callable[[], object]], float] = device_seconds,
+    thorough: bool = False,
+    again: bool = False,
+    seconds: float = math.inf,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[Tuned]:
+    """Tunes every case of some plans, and writes a rule for each to the user's table as soon as it is found.
+
+    A case whose rule was made on this GPU by these versions is left as it is, so that an interrupted run goes on.
+
+    Args:
+        plans: title, and what gives the steps.
+        device_name: of the GPU, noted in the rules.
+        timer, thorough, seconds: as of :func:`search`.
+        again: tune those too that have a rule.
+        tell: is given a line for each case.
+
+    Raises:
+        InputError: the user wants no table, or theirs is none; BackendError: as of :func:`search`.
+    """
+    tiles = _module("tiles")
+    path = tiles.user_table()
+    if path is None:
+        raise InputError(
+            f"{tiles.TABLE_VARIABLE} is empty, so that there is no table to write. Unset it, or name a file."
+        )
+    made_by = {"gpu": device_name, **_versions()}
+    tuned = []
+    for title, steps in plans:
+        cases = cases_of(steps())
+        for number, case in enumerate(cases, 1):
+            line = f"{title}, {number} of {len(cases)}, {case.kernel} ({case.layers})"
+            rule = rule_for(path, case)
+            if not again and rule is not None and rule.get("made_by") == made_by and rule.get("finished"):
+                tell(f"{line}: known")
+                continue
+            if not candidates(case):
+                continue
+
+            def keep(found: Tuned, path: Path = path) -> None:
+                write_rule(path, found, made_by)
+
+            found = search(case, timer=timer, thorough=thorough, seconds=seconds, keep=keep)
+            keep(found)
+            tuned.append(found)
+            tell(
+                f"{line}: {1e6 * found.seconds:.1f} us, {found.first_seconds / found.seconds:.2f} times as fast as "
+                f"before, of {found.tried} tiles{'' if found.finished else ', not all'}"
+            )
+    return tuned
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("efficientad-fast", "torch", "triton")}
+
+
+def rule_for(path: Path, case: Case) -> dict[str, Any] | None:
+    """The user's rule for exactly these facts."""
+    return next((rule for rule in _table(path).get(case.kernel, []) if rule["when"] == dict(case.facts)), None)
+
+
+def write_rule(path: Path, found: Tuned, made_by: Mapping[str, str]) -> None:
+    """Puts it in the place of the rule for the same facts, beside all others; the file is whole at every moment.
+
+    It counts from now on, in this process for what is run or captured anew.
+    """
+    tiles = _module("tiles")
+    table = _table(path)
+    when = dict(found.case.facts)
+    rule = {
+        "when": when,
+        "tile": dict(found.tile),
+        "seconds": found.seconds,
+        "first_seconds": found.first_seconds,
+        "finished": found.finished,
+        "made_by": dict(made_by),
+    }
+    others = [one for one in table.get(found.case.kernel, []) if one["when"] != when]
+    table[found.case.kernel] = [*others, rule]
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    tiles.rules.cache_clear()
+
+
+def _table(path: Path) -> dict[str, Any]:
+    tiles = _module("tiles")
+    if not path.is_file():
+        return {}
+    for kernel in tiles.ops.tiles():
+        tiles.rules(kernel)  # says what is wrong with a table that is none
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return table
