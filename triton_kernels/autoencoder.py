@@ -1,0 +1,298 @@
+"""``autoencoder`` in Triton. efficientad_fast/ops/autoencoder.py is the contract.
+
+A launch for each of the 13 layers, a convolution as a product of matrices: pixels of all images by outputs, summed over
+the taps and channels of a window, in the order in which weights lie in memory. What the decoder resizes is never
+written: a program blends, of four pixels of the layer before, what it is about to multiply.
+
+Most layers are small, and a program of theirs waits for memory more than it computes. So tiles are small, which makes
+programs many, and deep, so that few loads wait for one another. Where there are but a few pixels, of which a tile for
+tensor cores would leave most empty, a program has one pixel and multiplies without them: ``pixels`` of its tile is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efficientad_fast.ops import autoencoder as contract
+from efficientad_fast.ops import packing
+from efficientad_fast.ops.autoencoder import Layer
+
+from . import tiles as table
+from .conv_pool import narrowed
+from .launching import capability, launch, require_runnable, tiles
+
+NAMES = (*(f"enconv{step}" for step in range(1, 7)), *(f"deconv{step}" for step in range(1, 8)))
+
+
+@triton.jit
+def _source(place, scale, length):
+    """Of a resized row or column: the one before it in what was resized, the one after it, and how near that is."""
+    position = tl.maximum((place.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
+    # Rounding may reach beyond the last one.
+    before = tl.minimum(position.to(tl.int32), length - 1)
+    return before, tl.minimum(before + 1, length - 1), tl.minimum(position - before.to(tl.float32), 1.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("image_count", "height", "width", "read_height", "read_width", "out_height", "out_width"),
+        *("stride_n", "stride_h", "stride_w", "output_tiles"),
+    ]
+)
+def _convolve(
+    images_ptr,  # (N, H, W, CHANNELS), with strides where not DENSE
+    weights_ptr,  # (WRITTEN, KERNEL, KERNEL, CHANNELS), contiguous
+    bias_ptr,  # (WRITTEN,), float32
+    out_ptr,  # (N, h, w, WRITTEN), contiguous
+    scale_y,  # rows of an image for a row of what the convolution reads
+    scale_x,
+    image_count,
+    height,
+    width,
+    read_height,  # of what the convolution reads, which is larger or smaller where it is resized
+    read_width,
+    out_height,
+    out_width,
+    stride_n,
+    stride_h,
+    stride_w,
+    output_tiles,
+    CHANNELS: tl.constexpr,
+    WRITTEN: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    RESIZED: tl.constexpr,
+    RELU: tl.constexpr,
+    DENSE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    TOTAL: tl.constexpr = KERNEL * KERNEL * CHANNELS
+    # Programs beside each other read the same pixels.
+    program = tl.program_id(0)
+    output = (program % output_tiles) * OUTPUTS + tl.arange(0, OUTPUTS)
+    is_output = output < WRITTEN
+
+    # 64 bits for what counts pixels of all images or numbers of one, 32 for the pixels of one.
+    first = (program // output_tiles).to(tl.int64) * PIXELS
+    of_image = out_height * out_width
+    place = (first % of_image).to(tl.int32) + tl.arange(0, PIXELS)
+    image = first // of_image + place // of_image
+    place = place % of_image
+    is_pixel = image < image_count
+    y = (place // out_width * STRIDE - PADDING)[:, None]
+    x = (place % out_width * STRIDE - PADDING)[:, None]
+
+    if DENSE:  # of which the compiler knows that pixels lie at multiples of CHANNELS
+        pixel_stride: tl.constexpr = CHANNELS
+        row_stride = width.to(tl.int64) * CHANNELS
+        image_stride = height * row_stride
+    else:
+        pixel_stride = stride_w
+        row_stride = stride_h.to(tl.int64)
+        image_stride = stride_n.to(tl.int64)
+    images_ptr += (image * image_stride)[:, None]
+    weights_ptr += output.to(tl.int64)[:, None] * TOTAL
+
+    if PIXELS == 1:
+        sums = tl.zeros((OUTPUTS, DEPTH), tl.float32)
+    else:
+        sums = tl.zeros((PIXELS, OUTPUTS), tl.float32)
+    for step in tl.range(0, (TOTAL + DEPTH - 1) // DEPTH):
+        depth = (step * DEPTH + tl.arange(0, DEPTH))[None, :]
+        # One tap for all of a step makes a row or column of its places one number for each pixel.
+        tap = step * DEPTH // CHANNELS if CHANNELS % DEPTH == 0 else depth // CHANNELS
+        channel = depth % CHANNELS
+        row = y + tap // KERNEL
+        column = x + tap % KERNEL
+        taken = is_pixel[:, None] & (row >= 0) & (row < read_height) & (column >= 0) & (column < read_width)
+        is_weight = is_output[:, None]
+        if TOTAL % DEPTH != 0:
+            taken = taken & (depth < TOTAL)
+            is_weight = is_weight & (depth < TOTAL)
+        right = tl.load(weights_ptr + depth, mask=is_weight, other=0.0)
+        if RESIZED:
+            above, below, down = _source(row, scale_y, height)
+            before, after, right_of = _source(column, scale_x, width)
+            above_ptr = images_ptr + above * row_stride
+            below_ptr = images_ptr + below * row_stride
+            before = before * pixel_stride + channel
+            after = after * pixel_stride + channel
+            upper_left = tl.load(above_ptr + before, mask=taken, other=0.0).to(tl.float32)
+            upper_right = tl.load(above_ptr + after, mask=taken, other=0.0).to(tl.float32)
+            lower_left = tl.load(below_ptr + before, mask=taken, other=0.0).to(tl.float32)
+            lower_right = tl.load(below_ptr + after, mask=taken, other=0.0).to(tl.float32)
+            left = upper_left * ((1 - down) * (1 - right_of)) + upper_right * ((1 - down) * right_of)
+            left += lower_left * (down * (1 - right_of)) + lower_right * (down * right_of)
+            left = left.to(right.dtype)
+        else:
+            left = tl.load(images_ptr + (row * row_stride + (column * pixel_stride + channel)), mask=taken, other=0.0)
+        if PIXELS == 1:
+            sums += left.to(tl.float32) * right.to(tl.float32)
+        else:
+            sums = tl.dot(left, right.T, sums, input_precision="ieee")
+    if PIXELS == 1:
+        sums = tl.sum(sums, 1)[None, :]
+
+    sums += tl.load(bias_ptr + output, mask=is_output, other=0.0)[None, :]
+    if RELU:
+        sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    places = (first + tl.arange(0, PIXELS))[:, None] * WRITTEN + output[None, :]
+    written = is_pixel[:, None] & is_output[None, :]
+    tl.store(out_ptr + places, narrowed(sums, out_ptr.dtype.element_ty), mask=written)
+
+
+def facts(layer: Layer, read: Tensor, weight: Tensor) -> dict[str, int | float | bool | str]:
+    """What the rules for tiles may ask of a layer.
+
+    ``capability``; ``dtype`` of products and its ``bits``; ``kernel``, ``channels``, ``outputs``, ``resized``; ``depth``
+    of its sums; ``images``, and ``pixels`` of the result in all of them.
+    """
+    outputs, channels, kernel, _ = weight.shape
+    height, width = layer.out_size
+    return {
+        "capability": capability(read.device),
+        "dtype": str(read.dtype).removeprefix("torch."),
+        "bits": 8 * read.element_size(),
+        "kernel": kernel,
+        "channels": channels,
+        "outputs": outputs,
+        "depth": kernel * kernel * channels,
+        "resized": layer.resized,
+        "images": read.shape[0],
+        "pixels": read.shape[0] * height * width,
+    }
+
+
+def chosen_tile(stated: Mapping[str, int | float | bool | str]) -> dict[str, int]:
+    """The tile of the table's rules, with ``outputs`` and ``depth`` not many more than there are.
+
+    ``pixels`` is 1, or at least 16, as are the other two then: the least that tensor cores multiply.
+    """
+    tile = table.choose("autoencoder", stated)
+    least = 1 if tile["pixels"] == 1 else 16
+    for name in ("outputs", "depth"):
+        tile[name] = min(tile[name], max(triton.next_power_of_2(int(stated[name])), least))
+    return tile
+
+
+def candidates(stated: Mapping[str, int | float | bool | str]) -> list[dict[str, int]]:
+    """Tiles worth timing for a layer of which :func:`facts` says that."""
+    found = []
+    if int(stated["pixels"]) <= 256:
+        for outputs in (1, 2, 4):
+            for depth in (512, 1024, 2048, 4096):
+                if outputs * depth <= 4096 and depth <= 2 * int(stated["depth"]):
+                    found += [_tile(1, outputs, depth, warps, 1) for warps in (2, 4, 8)]
+    for pixels in (16, 32, 64, 128):
+        for outputs in (16, 32, 64):
+            for depth in (32, 64, 128, 256):
+                narrow = outputs <= max(int(stated["outputs"]), 16) and depth <= 2 * int(stated["depth"])
+                held = (pixels * (4 if stated["resized"] else 1) + outputs) * depth * int(stated["bits"]) // 8
+                for warps in (4, 8):
+                    # A blended tile passes through registers.
+                    if narrow and held <= 48 * 1024 * warps // 4:
+                        found += [_tile(pixels, outputs, depth, warps, stages) for stages in (1, 2, 3)]
+    return found
+
+
+def _tile(pixels: int, outputs: int, depth: int, warps: int, stages: int) -> dict[str, int]:
+    return {"pixels": pixels, "outputs": outputs, "depth": depth, "warps": warps, "stages": stages}
+
+
+def _launch(layer: Layer, read: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    images, channels, height, width = read.shape
+    outputs = weight.shape[0]
+    tile = chosen_tile(facts(layer, read, weight))
+    counts = (tiles(images * out.shape[2] * out.shape[3], tile["pixels"]), tiles(outputs, tile["outputs"]))
+    launch(
+        _convolve,
+        counts[0] * counts[1],
+        read.device,
+        [
+            *(read, weight, bias, out, height / layer.size[0], width / layer.size[1]),
+            *(images, height, width, *layer.size, *out.shape[2:]),
+            *(read.stride(0), read.stride(2), read.stride(3), counts[1]),
+        ],
+        CHANNELS=channels,
+        WRITTEN=outputs,
+        KERNEL=layer.kernel,
+        STRIDE=layer.stride,
+        PADDING=layer.padding,
+        RESIZED=layer.resized,
+        RELU=layer.relu,
+        DENSE=read.is_contiguous(memory_format=torch.channels_last),
+        PIXELS=tile["pixels"],
+        OUTPUTS=tile["outputs"],
+        DEPTH=tile["depth"],
+        num_warps=tile["warps"],
+        num_stages=tile["stages"],
+    )
+
+
+def autoencoder_mixed(
+    image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, out: Tensor, workspace: Tensor
+) -> None:
+    """``autoencoder.mixed`` of the catalogue."""
+    contract.check_mixed(image, weights, biases, out, workspace)
+    require_runnable("autoencoder", "image", image)
+    channels = [one.shape[0] for one in weights]
+    given = (image.shape[0], image.shape[2:], out.shape[2:], channels)
+    parts = workspace.split_with_sizes([*contract.mixed_parts(*given), len(workspace) - sum(contract.mixed_parts(*given))])
+    read = packing.mixed(image)
+    for index, layer in enumerate(contract.layers(image.shape[2:], out.shape[2:])):
+        written = out
+        if index < contract.LAYERS - 1:
+            height, width = layer.out_size
+            shape = (image.shape[0], height, width, channels[index])
+            strides = (height * width * channels[index], width * channels[index], channels[index], 1)
+            written = parts[index % 2].as_strided(shape, strides).permute(0, 3, 1, 2)
+        _launch(layer, read, weights[index], biases[index], written)
+        read = written
+
+
+def autoencoder(image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """``autoencoder`` of the catalogue."""
+    out = contract.fake(image, weights, biases, size)
+    channels = [one.shape[0] for one in weights]
+    numbers = contract.mixed_workspace_size(image.shape[0], image.shape[2:], size, channels)
+    autoencoder_mixed(image, weights, biases, out=out, workspace=image.new_empty(numbers))
+    return out
+
+
+def representative_calls() -> Mapping[str, Callable[[], object]]:
+    """What the kernel report compiles, with meta tensors inside `launching.recorded`: 256 x 256, in float16."""
+
+    def call(index: int, layer: Layer) -> None:
+        channels = (4, *contract.CHANNELS)[index : index + 2]
+        size = layer.size
+        if layer.resized:
+            size = layers[index - 1].out_size
+        read, out = (
+            torch.empty((1, *shape), dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+            for shape in ((channels[0], *size), (channels[1], *layer.out_size))
+        )
+        weight = torch.empty(
+            (channels[1], channels[0], layer.kernel, layer.kernel),
+            dtype=torch.float16,
+            device="meta",
+            memory_format=torch.channels_last,
+        )
+        _launch(layer, read, weight, torch.empty(channels[1], device="meta"), out)
+
+    layers = contract.layers((256, 256), (56, 56))
+    return {
+        name: lambda index=index, layer=layer: call(index, layer)  # type: ignore[misc]
+        for index, (name, layer) in enumerate(zip(NAMES, layers, strict=True))
+    }
+
+
+overloads = {"default": autoencoder, "mixed": autoencoder_mixed}
