@@ -72,9 +72,20 @@ def workspace(threads: int, least: int) -> Tensor:
     return torch.full((threads, least + 16 * (threads - 1)), math.nan)
 
 
-def written(shape: tuple[int, ...]) -> Tensor:
+def written(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Activations to be written, full of NaN."""
-    return packing.dense(shape, torch.empty(0)).fill_(math.nan)
+    return packing.dense(shape, torch.empty(0)).fill_(math.nan).to(dtype)
+
+
+def eighth_channels(images: Tensor) -> Tensor:
+    """As :func:`some_channels`, which begin at a multiple of 16 bytes and are as far from pixel to pixel."""
+    wide = channels_last(torch.nn.functional.pad(images, (0, 0, 0, 0, 16, 16)))
+    return wide[:, 16 : 16 + images.shape[1]]
+
+
+def narrowed(given: Tensor, dtype: torch.dtype) -> Tensor:
+    """In that dtype, with its strides."""
+    return torch.empty_strided(given.shape, given.stride(), dtype=dtype).copy_(given)
 
 
 def quantity(operator: str, planes: int) -> str:

@@ -41,10 +41,12 @@ class Runner:
 
     Attributes:
         implementation: of `ops.Implementation`; ``public`` is what users call, ``reference`` the plain PyTorch.
+        capability: of the GPU that Triton's kernels are made for, where it is the interpreter that runs them.
     """
 
     implementation: str
     device: str
+    capability: float | None = None
 
     @property
     def namespace(self) -> str:
@@ -62,18 +64,44 @@ class Runner:
                 pytest.skip(f"no implementation {known}: {reason}")
             if not ops.has_kernel(known, overload, self.device.upper()):
                 pytest.skip(f"{known} has no kernel of {overload}")
-        return ops.resolve(self.namespace, overload)
+        function = ops.resolve(self.namespace, overload)
+        if self.capability is None:
+            return function
+        if overload.partition(".")[0] not in BY_DESCRIPTORS:
+            pytest.skip("its kernels are the same for all GPUs")
+        return AsIfOn(function, self.capability)
+
+
+BY_DESCRIPTORS = ("conv_pool", "feature_distance")
+"""Operators whose Triton kernels load tiles in another way from compute capability 9.0 on."""
+
+
+class AsIfOn:
+    """An operator, interpreted as kernels are made for that GPU."""
+
+    def __init__(self, function: Callable[..., Any], capability: float) -> None:
+        self.function = function
+        self.capability = capability
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from efficientad_fast.triton_kernels import launching
+
+        with launching.as_if_on(self.capability):
+            return self.function(*args, **kwargs)
 
 
 def runners() -> list[Any]:
     found = [] if INTERPRETED else [Runner("public", "cpu"), Runner("cpu", "cpu"), Runner("reference", "cpu")]
     if INTERPRETED:
-        found.append(Runner("triton", "cpu"))
+        found += [Runner("triton", "cpu"), Runner("triton", "cpu", 9.0)]
     # One of them says why there is no GPU as well as four.
     kinds = ("public", "cuda", "triton", "reference") if torch.cuda.is_available() else ("public",)
     on_gpu = [Runner(implementation, "cuda") for implementation in kinds]
     return [
-        *(pytest.param(one, id=f"{one.device}-{one.implementation}") for one in found),
+        *(
+            pytest.param(one, id=f"{one.device}-{one.implementation}{'_descriptors' if one.capability else ''}")
+            for one in found
+        ),
         *(pytest.param(one, id=f"gpu-{one.implementation}", marks=pytest.mark.gpu) for one in on_gpu),
     ]
 
@@ -152,10 +180,14 @@ def test_refusals(runner: Runner, refusal: Refusal) -> None:
 def test_opcheck(runner: Runner, case: Case) -> None:
     if runner.implementation == "reference":
         pytest.skip("the reference by itself is no torch operator")
+    if runner.capability is not None:
+        pytest.skip("the same operator as without descriptors")
     if not all(bool(torch.isfinite(one.double()).all()) for one in case.expected()):
         pytest.skip("opcheck takes NaN for a difference; test_results looks at these")
     function = runner.find(case.overload)
     args, kwargs = case.arguments(runner.device)
+    if any(one.dtype == torch.float8_e4m3fn for one in tensors_of(args, kwargs)):
+        pytest.skip("opcheck cannot compare float8")
     torch.library.opcheck(function, args, kwargs)
 
 

@@ -67,6 +67,13 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("conv_pool", torch.float32): Tolerance(5e-6, 3e-5, 8e-6, "up to F(6x6, 3x3)"),
     ("conv_pool, direct", torch.float32): Tolerance(1e-6, 3e-6, 1e-6, "sums of up to 1280 products"),
     ("conv_pool, F(6x6, 4x4)", torch.float32): Tolerance(3e-5, 2e-4, 3e-5, "1e-5 in norm, in the worst 10 times that"),
+    ("conv_pool, mixed", torch.float32): Tolerance(2e-6, 5e-6, 1e-6, "sums of up to 1280 products, in float32"),
+    ("conv_pool, mixed", torch.float16): Tolerance(1e-3, 1e-4, 5e-4, "sums in float32, rounded once to eps"),
+    ("conv_pool, mixed", torch.bfloat16): Tolerance(8e-3, 1e-4, 4e-3, "sums in float32, rounded once to eps"),
+    ("conv_pool, mixed", torch.float8_e4m3fn): Tolerance(
+        6.3e-2, 1e-3, 4e-2, "sums in float32, rounded once to half of 1/8; below 1/64 to 1/1024"
+    ),
+    ("feature_distance, mixed", torch.float32): Tolerance(5e-6, 5e-6, 2e-6, f"sums in float32; {_SQUARES}"),
     # Features of size y, wrong by d, have squares wrong by 2 y d, which is at most d + d y^2.
     ("feature_distance", torch.float32): Tolerance(3e-5, 3e-5, 1e-5, f"up to F(6x6, 3x3); {_SQUARES}"),
     ("feature_distance, direct", torch.float32): Tolerance(5e-6, 5e-6, 2e-6, _SQUARES),
@@ -78,6 +85,10 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("filtered by packed weights", torch.float64): Tolerance(1e-5, 3e-5, 5e-6, "packed weights were rounded once"),
     # Rounded once, as the expected results are; histograms are whole numbers.
     **{("quantile", dtype): EXACT for dtype in (torch.float32, torch.int64)},
+    ("hard_feature_loss", torch.float32): Tolerance(1e-6, 0.0, 1e-6, "sums of some thousand squares in float32"),
+    ("hard_feature_loss", torch.float16): Tolerance(1e-3, 6e-8, 5e-4, "float32 arithmetic, rounded once to eps"),
+    ("hard_feature_loss", torch.bfloat16): Tolerance(8e-3, 0.0, 4e-3, "float32 arithmetic, rounded once to eps"),
+    ("hard_feature_loss", torch.int64): EXACT,
     ("loss", torch.float64): Tolerance(1e-12, 0.0, 1e-12, "one mean in another order"),
     ("loss", torch.float32): Tolerance(2e-6, 0.0, 2e-6, "one mean in another order, rounded to eps"),
     ("embedding", torch.float64): Tolerance(1e-11, 1e-13, 1e-12, "three averages, one after the other"),

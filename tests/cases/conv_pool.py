@@ -12,6 +12,9 @@ from convolution_cases import (
     LAYOUTS,
     Change,
     channels_last,
+    eighth_channels,
+    narrowed,
+    planes_first,
     quantity,
     signed,
     some_channels,
@@ -75,6 +78,41 @@ def into(
         return (images, packed, bias), settings
 
     return Case(f"into, {name}", "conv_pool.out", make, same.spread, quantity("conv_pool", planes), same_as=same)
+
+
+FLOAT16, BFLOAT16, FLOAT8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
+
+
+def mixed(
+    name: str,
+    shape: tuple[int, int, int, int],
+    outputs: int,
+    kernel: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None = None,
+    *,
+    groups: int = 1,
+    bias: bool = True,
+    scale: float = 0.0,
+    change: Change = channels_last,
+    change_weight: Change = channels_last,
+    **options: Any,
+) -> Case:
+    """In mixed precision. ``scale``: about which scales are, 0 for none."""
+
+    def make() -> Arguments:
+        images = narrowed(change(signed(shape, 0)), dtype)
+        weight = narrowed(change_weight(weights((outputs, shape[1] // groups, kernel, kernel), 1)), dtype)
+        scales = scale * (1 + 0.5 * signed((outputs,), 3)) if scale else None
+        biases = signed((outputs,), 2) if bias else None
+        size = conv_pool.fake(images.float(), weight.float(), biases, groups=groups, **options).shape
+        return (images, weight, scales, biases), {
+            "groups": groups,
+            **options,
+            "out": written(tuple(size), out_dtype or dtype),
+        }
+
+    return Case(f"mixed, {name}", "conv_pool.mixed", make, quantity="conv_pool, mixed")
 
 
 def pack_case(name: str, shape: tuple[int, int, int, int], algorithm: str, *, groups: int = 1) -> Case:
@@ -184,6 +222,43 @@ CASES = [
         for algorithm, kernel in FITTING
         for shape, groups in [((34, 5 if kernel > 1 else 17, kernel, kernel), 2 if kernel == 4 else 1)]
     ),
+    *(
+        case
+        for dtype, name in (
+            (FLOAT16, "float16"),
+            (BFLOAT16, "bfloat16"),
+            (FLOAT8, "float8"),
+            (torch.float32, "float32"),
+        )
+        for case in (
+            mixed(f"stem in {name}", (1, 4, 13, 15), 40, 4, dtype, pool=True, scale=2.0),
+            mixed(
+                f"pooled in {name}, padded", (2, 64, 7, 9), 48, 4, dtype, groups=2, padding=3, pool=True, pool_padding=1
+            ),
+            mixed(f"odd channels in {name}", (1, 34, 6, 5), 33, 3, dtype, padding=1, relu=False, scale=0.1),
+        )
+    ),
+    mixed(
+        "float16 to float8, padded stem", (2, 4, 9, 11), 32, 4, FLOAT16, FLOAT8, padding=3, pool=True, pool_padding=1
+    ),
+    mixed("float8 to float16", (1, 32, 5, 6), 20, 3, FLOAT8, FLOAT16),
+    mixed("float8 to float32, two depths", (1, 256, 3, 4), 16, 1, FLOAT8, torch.float32, scale=1.0),
+    mixed("larger than e4m3 can be", (1, 16, 5, 6), 20, 3, FLOAT16, FLOAT8, scale=4000.0, relu=False),
+    mixed("three channels", (1, 3, 9, 7), 17, 4, FLOAT16, bias=False),
+    mixed("many depths", (1, 192, 5, 4), 16, 2, FLOAT16),
+    mixed("more outputs than a tile", (1, 16, 4, 5), 150, 3, FLOAT16, padding=1),
+    mixed("rows and columns of several tiles", (1, 16, 21, 70), 16, 3, FLOAT16, pool=True),
+    mixed("one pixel", (1, 1, 1, 1), 1, 1, FLOAT16),
+    mixed("one output pixel of all of an image", (2, 5, 16, 16), 3, 16, FLOAT16, FLOAT16),
+    mixed("empty", (0, 16, 9, 8), 5, 3, FLOAT16, pool=True),
+    *(
+        mixed(f"{change.__name__}", (2, 32, 5, 7), 18, 3, FLOAT16, groups=2, padding=1, change=change)
+        for change in (some_channels, eighth_channels, window, planes_first)
+    ),
+    mixed("weight with planes first", (1, 16, 5, 7), 18, 3, FLOAT16, change_weight=planes_first),
+    mixed("NaN", (2, 16, 7, 9), 5, 4, FLOAT16, pool=True, change=with_value(math.nan)),
+    mixed("NaN to float8", (2, 16, 7, 9), 5, 4, FLOAT16, FLOAT8, change=with_value(math.nan)),
+    mixed("inf", (2, 16, 7, 9), 5, 4, FLOAT16, relu=False, change=with_value(math.inf)),
     pack_case("16 of 32 of three groups", (96, 16, 3, 3), "auto", groups=3),
     pack_case("fewer channels than 16", (33, 15, 3, 3), "auto"),
     pack_case("equal channels and outputs", (32, 16, 4, 4), "auto"),
@@ -206,6 +281,10 @@ def strategy(draw: Any) -> Case:
     options |= {"relu": draw(st.booleans()), "bias": draw(st.booleans()), "change": draw(st.sampled_from(LAYOUTS))}
     name = f"drawn, {shape} to {outputs * groups}, {kernel} x {kernel}, {options}"
     if draw(st.booleans()):
+        mixed_options = options | {"scale": draw(st.sampled_from((0.0, 0.7)))}
+        dtypes = [draw(st.sampled_from(packing.MIXED_DTYPES)) for _ in range(2)]
+        return mixed(f"{name}, {dtypes}", shape, outputs * groups, kernel, *dtypes, **mixed_options)
+    if draw(st.booleans()):
         return case(name, shape, outputs * groups, kernel, **options)
     algorithm = draw(st.sampled_from(("auto", *packing.planes_by_algorithm(kernel))))
     threads = draw(st.integers(1, 3))
@@ -213,6 +292,12 @@ def strategy(draw: Any) -> Case:
 
 
 def expected(case: Case, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    if case.overload == "conv_pool.mixed":
+        exact = (None if one is None else one.double() for one in args)
+        out = options.pop("out")
+        result = conv_pool.compute_mixed(*exact, **options)
+        largest = packing.LARGEST_E4M3
+        return (result.clamp(-largest, largest) if out.dtype == FLOAT8 else result,)
     if case.overload == "conv_pool.pack":
         return (torch.from_numpy(_packed(args[0].double().numpy(), **options)),)
     exact = (None if one is None else one.double() for one in args)
@@ -249,6 +334,10 @@ def refusal(name: str, message: str, overload: str = "conv_pool", **changes: Any
         if overload == "conv_pool.pack":
             return (), arguments | changes
         arguments |= {"input": channels_last(torch.zeros(2, 8, 7, 9)), "bias": torch.zeros(6), "pool": True}
+        if overload == "conv_pool.mixed":
+            for name in ("input", "weight"):
+                arguments[name] = arguments[name].half()
+            arguments |= {"scale": torch.ones(6), "out": written((2, 6, 2, 3), torch.float16)}
         if overload == "conv_pool.out":
             arguments["packed"] = conv_pool.reference_pack(arguments.pop("weight"), groups=2)
             arguments |= {"kernel_size": 3, "out": written((2, 6, 2, 3))}
@@ -256,6 +345,10 @@ def refusal(name: str, message: str, overload: str = "conv_pool", **changes: Any
         return (), arguments | changes
 
     return Refusal(name, overload, make, f"conv_pool: {message}")
+
+
+def mixed_refusal(name: str, message: str, **changes: Any) -> Refusal:
+    return refusal(f"mixed, {name}", message, "conv_pool.mixed", **changes)
 
 
 def _half(*shape: int) -> Tensor:
@@ -426,6 +519,40 @@ REFUSALS = [
         packed=torch.zeros(2, 1, 1, 48, 32, device="meta"),
     ),
     refusal("into, bias of five", r"bias must be \(6,\), got \(5,\)", "conv_pool.out", bias=torch.zeros(5)),
+    mixed_refusal(
+        "float64",
+        "input must be float32, float16, bfloat16 or float8_e4m3fn, got torch.float64",
+        input=torch.zeros(2, 8, 7, 9).double(),
+    ),
+    mixed_refusal(
+        "integers", "weight must be float32, float16, .*got torch.int32", weight=torch.zeros(6, 4, 3, 3).int()
+    ),
+    mixed_refusal(
+        "two dtypes", "weight must be torch.float16 as input is, got torch.float32", weight=torch.zeros(6, 4, 3, 3)
+    ),
+    mixed_refusal("weight elsewhere", "weight must be on .*got", weight=_half(6, 4, 3, 3).to("meta")),
+    mixed_refusal("no channels", r"input must be \(N, C, H, W\) with .*got \(2, 0, 7, 9\)", input=_half(2, 0, 7, 9)),
+    mixed_refusal("other channels", r"input must be \(N, 8, H, W\) .*got \(2, 7, 7, 9\)", input=_half(2, 7, 7, 9)),
+    mixed_refusal("oblong", r"weight must be .*got \(6, 4, 3, 4\)", weight=_half(6, 4, 3, 4)),
+    mixed_refusal("groups", "groups must be at least 1 and a divisor of 6.*, got 4", groups=4),
+    mixed_refusal("padding", "padding must be from 0 to 2 for a 3x3 kernel, got 3", padding=3),
+    mixed_refusal("pool_padding", "pool_padding must be 0 or 1, got 2", pool_padding=2),
+    mixed_refusal("small input", "input must be at least 4x4 pixels .*got 3x9", input=_half(2, 8, 3, 9)),
+    mixed_refusal("scale of five", r"scale must be \(6,\), got \(5,\)", scale=torch.ones(5)),
+    mixed_refusal("scale in half", "scale must be float32, got torch.float16", scale=torch.ones(6).half()),
+    mixed_refusal("bias elsewhere", "bias must be on .*got", bias=torch.ones(6, device="meta")),
+    mixed_refusal(
+        "output of another size", r"out must be \(2, 6, 2, 3\), got \(2, 6, 3, 3\)", out=written((2, 6, 3, 3))
+    ),
+    mixed_refusal(
+        "output of integers",
+        "out must be float32, float16, .*got torch.int8",
+        out=channels_last(torch.zeros(2, 6, 2, 3).to(torch.int8)),
+    ),
+    mixed_refusal(
+        "output with planes first", "out must be dense and channels-last, got strides", out=_half(2, 6, 2, 3)
+    ),
+    mixed_refusal("output elsewhere", "out must be on .*got", out=channels_last(_half(2, 6, 2, 3).to("meta"))),
     refusal(
         "workspace for no thread",
         r"workspace must be \(threads, numbers\) of at least \(1, 2097152\), got \(0, 2097152\)",

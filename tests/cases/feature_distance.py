@@ -11,7 +11,9 @@ from convolution_cases import (
     LAYOUTS,
     Change,
     channels_last,
+    eighth_channels,
     every_other_channel,
+    narrowed,
     planes_first,
     quantity,
     signed,
@@ -91,6 +93,37 @@ def into(
 
     row = quantity("feature_distance", planes)
     return Case(f"into, {name}, {algorithm}", "feature_distance.out", make, same.spread, row, same_as=same)
+
+
+FLOAT16, BFLOAT16, FLOAT8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
+
+
+def mixed(
+    name: str,
+    images: int,
+    size: tuple[int, int],
+    outputs: int,
+    first: Convolution,
+    second: Convolution | None,
+    dtype: torch.dtype,
+    *,
+    scale: float = 0.0,
+    **options: Any,
+) -> Case:
+    """In mixed precision. ``scale``: about which scales are, 0 for none."""
+    same = case(name, images, size, outputs, first, second, **options)
+
+    def make() -> Arguments:
+        (*convolved, bias), settings = same.make()
+        narrow = [None if one is None else narrowed(one, dtype) for one in convolved]
+        scales = scale * (1 + 0.5 * signed((outputs,), 5)) if scale else None
+        settings |= {"out": torch.full((images, 1, *size), math.nan)}
+        # Zeros, as the contract has it, and a little more than there must be.
+        numbers = feature_distance.mixed_workspace_size(images, *size, outputs) + 3 * images
+        settings |= {"workspace": torch.zeros(numbers)}
+        return (*narrow, scales, bias), settings
+
+    return Case(f"mixed, {name}", "feature_distance.mixed", make, quantity="feature_distance, mixed")
 
 
 def pack_case(
@@ -222,6 +255,29 @@ CASES = [
         for algorithm in algorithms
     ),
     pack_case("equal outputs and channels", (16, 16, 3, 3), (16, 16, 3, 3), "auto"),
+    *(
+        case
+        for dtype, name in (
+            (FLOAT16, "float16"),
+            (BFLOAT16, "bfloat16"),
+            (FLOAT8, "float8"),
+            (torch.float32, "float32"),
+        )
+        for case in (
+            mixed(f"map_st in {name}", 2, (9, 10), 150, (32, 4, 0), (32, 4, 0), dtype, scale=2.0),
+            mixed(f"map_ae in {name}", 1, (7, 17), 33, (64, 3, 1), (32, 4, 0), dtype),
+            mixed(f"one by one in {name}", 1, (5, 9), 40, (96, 1, 0), (17, 1, 0), dtype, scale=0.1, bias=False),
+        )
+    ),
+    mixed("one convolution", 2, (5, 6), 17, (32, 3, 1), None, FLOAT16),
+    mixed("one pixel", 1, (1, 1), 1, (1, 1, 0), (3, 2, 0), FLOAT16),
+    mixed("empty", 0, (5, 6), 17, (32, 3, 1), None, FLOAT16),
+    *(
+        mixed(change.__name__, 2, (5, 7), 18, (32, 3, 1), (16, 4, 0), FLOAT16, changes=(change, some_channels))
+        for change in (eighth_channels, window, planes_first, every_other_channel)
+    ),
+    mixed("NaN", 2, (7, 9), 20, (32, 3, 1), (16, 4, 0), FLOAT16, changes=(with_value(math.nan), channels_last)),
+    mixed("inf", 2, (7, 9), 20, (32, 3, 1), (16, 4, 0), FLOAT16, changes=(channels_last, with_value(math.inf))),
 ]
 
 
@@ -240,6 +296,10 @@ def strategy(draw: Any) -> Case:
     options = {"bias": draw(st.booleans()), "changes": changes}
     name = f"drawn, {images} of {size}, {outputs} outputs, {first}, {second}, {options}"
     if draw(st.booleans()):
+        dtype = draw(st.sampled_from(packing.MIXED_DTYPES))
+        scale = draw(st.sampled_from((0.0, 0.7)))
+        return mixed(f"{name}, {dtype}", images, size, outputs, first, second, dtype, scale=scale, **options)
+    if draw(st.booleans()):
         return case(name, images, size, outputs, first, second, **options)
     largest = max(one[1] for one in (first, second) if one is not None)
     algorithm = draw(st.sampled_from(("auto", *packing.planes_by_algorithm(largest))))
@@ -251,6 +311,9 @@ def expected(case: Case, *args: Any, **options: Any) -> tuple[Tensor, ...]:
     if case.overload == "feature_distance.pack":
         return (_packed(*args, **options),)
     exact = (None if one is None else one.double() for one in args)
+    if case.overload == "feature_distance.mixed":
+        options = {name: options[name] for name in ("padding_first", "padding_second")}
+        return (feature_distance.compute_mixed(*exact, **options),)
     return (feature_distance.compute(*exact, **options),)
 
 
@@ -281,9 +344,17 @@ def refusal(name: str, message: str, overload: str = "feature_distance", **chang
             arguments |= {"packed": feature_distance.reference_pack(*pair), "channels": 6}
             arguments |= {"kernel_first": 3, "kernel_second": 4, "out": torch.zeros(2, 1, 5, 7)}
             arguments["workspace"] = workspace(1, feature_distance.WORKSPACE)
+        if overload == "feature_distance.mixed":
+            for name in ("first", "second", "weight_first", "weight_second"):
+                arguments[name] = arguments[name].half()
+            arguments |= {"scale": torch.ones(6), "out": torch.zeros(2, 1, 5, 7), "workspace": torch.zeros(140)}
         return (), arguments | changes
 
     return Refusal(name, overload, make, f"feature_distance: {message}")
+
+
+def mixed_refusal(name: str, message: str, **changes: Any) -> Refusal:
+    return refusal(f"mixed, {name}", message, "feature_distance.mixed", **changes)
 
 
 def _half(*shape: int) -> Tensor:
@@ -426,4 +497,38 @@ REFUSALS = [
     refusal(
         "workspace elsewhere", "workspace must be on .*got", OUT, workspace=_elsewhere(1, feature_distance.WORKSPACE)
     ),
+    mixed_refusal(
+        "float64", "first must be float32, float16, .*got torch.float64", first=torch.zeros(2, 4, 5, 7).double()
+    ),
+    mixed_refusal(
+        "two dtypes", "second must be torch.float16 as first is, got torch.float32", second=torch.zeros(2, 5, 8, 10)
+    ),
+    mixed_refusal(
+        "weights of another dtype",
+        "weight_second must be torch.float16 as first is, got torch.bfloat16",
+        weight_second=torch.zeros(6, 5, 4, 4).bfloat16(),
+    ),
+    mixed_refusal("second alone", "weight_second must be given where second is, got None", weight_second=None),
+    mixed_refusal("second elsewhere", "second must be on .*got", second=_half(2, 5, 8, 10).to("meta")),
+    mixed_refusal("other channels", r"first must be \(N, 4, H, W\) .*got \(2, 3, 5, 7\)", first=_half(2, 3, 5, 7)),
+    mixed_refusal("other outputs", "weight_second must be of 6 outputs .*got", weight_second=_half(5, 5, 4, 4)),
+    mixed_refusal(
+        "other size", "second must be such that its convolution has 5x7 pixels.*got 6x7", second=_half(2, 5, 9, 10)
+    ),
+    mixed_refusal("scale of five", r"scale must be \(6,\), got \(5,\)", scale=torch.ones(5)),
+    mixed_refusal("bias in half", "bias must be float32, got torch.float16", bias=_half(6)),
+    mixed_refusal("output in half", "out must be float32, got torch.float16", out=_half(2, 1, 5, 7)),
+    mixed_refusal(
+        "output of another size", r"out must be \(2, 1, 5, 7\), got \(2, 1, 5, 8\)", out=torch.zeros(2, 1, 5, 8)
+    ),
+    mixed_refusal("output with gaps", "out must be contiguous, got strides", out=torch.zeros(2, 1, 5, 14)[..., ::2]),
+    mixed_refusal("output elsewhere", "out must be on .*got", out=_elsewhere(2, 1, 5, 7)),
+    mixed_refusal(
+        "small workspace",
+        r"workspace must be \(numbers,\) of at least \(140,\), got \(139,\)",
+        workspace=torch.zeros(139),
+    ),
+    mixed_refusal("workspace of two dimensions", r"workspace must be .*got \(1, 140\)", workspace=torch.zeros(1, 140)),
+    mixed_refusal("workspace in half", "workspace must be float32, got", workspace=_half(140)),
+    mixed_refusal("workspace with gaps", "workspace must be contiguous", workspace=torch.zeros(280)[::2]),
 ]
