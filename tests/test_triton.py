@@ -6,6 +6,7 @@ The interpreter is chosen when a kernel is decorated, hence the processes of its
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -104,41 +105,87 @@ MOST_COMPILATIONS = {
 }
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled")
+class Compilations:
+    """What Triton would compile for launches that were written down."""
+
+    def __init__(self) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+
+        self._backend = make_backend(GPUTarget("cuda", 90, 32))
+        self._binders: dict[Any, Any] = {}
+        self._keys: dict[str, set[str]] = {}
+
+    def add(self, launches: list[Any]) -> None:
+        from triton.runtime.jit import create_function_from_signature
+
+        for one in launches:
+            kernel = one.kernel
+            if kernel not in self._binders:
+                self._binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, self._backend)
+            _, specialisation, options = self._binders[kernel](**one.arguments, **one.options)
+            self._keys.setdefault(kernel.__name__, set()).add(f"{specialisation} {options}")
+
+    def counts(self) -> dict[str, int]:
+        return {name: len(keys) for name, keys in self._keys.items()}
+
+
+compiled_kernels = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
+)
+
+
+@compiled_kernels
 @pytest.mark.parametrize("operator", MOST_COMPILATIONS)
 def test_few_compilations_serve_all_sizes(operator: str) -> None:
     """Triton compiles a kernel again for an argument that is 1 or a multiple of 16, and the last one was not."""
     from efficientad_fast.triton_kernels import launching
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
 
     ops.load()
     overloads = importlib.import_module(f"efficientad_fast.triton_kernels.{operator}").overloads
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    binders: dict[Any, Any] = {}
-    compiled: dict[str, set[str]] = {}
+    compilations = Compilations()
 
     def record(case: Case) -> None:
         args, kwargs = case.arguments()
         with launching.recorded() as launches:
             overloads[case.overload.partition(".")[2] or "default"](*args, **kwargs)
-        for one in launches:
-            kernel = one.kernel
-            if kernel not in binders:
-                binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
-            _, specialisation, options = binders[kernel](**one.arguments, **one.options)
-            compiled.setdefault(kernel.__name__, set()).add(f"{specialisation} {options}")
+        compilations.add(launches)
 
     for case in cases(operator):
         record(case)
     drawn = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     drawn(given(cases_module(operator).strategy())(record))()
 
-    counts = {name: len(keys) for name, keys in compiled.items()}
+    counts = compilations.counts()
     most = MOST_COMPILATIONS[operator]
     assert counts.keys() == most.keys()
     assert all(count <= most[name] for name, count in counts.items()), counts
+
+
+@compiled_kernels
+@pytest.mark.parametrize("capability", [8.0, 9.0])
+@pytest.mark.parametrize("channels, most", [(4, 3), (64, 1)], ids=["stem", "deep"])
+def test_few_compilations_serve_all_sizes_of_a_convolution(channels: int, most: int, capability: float) -> None:
+    """Channels and kernels are constants of the compiled code; sizes and batches are not, but for strides of the
+    stem's images, which are multiples of 16 or not.
+    """
+    from efficientad_fast.triton_kernels import launching
+    from efficientad_fast.triton_kernels.conv_pool import conv_pool_mixed
+
+    from efficientad_fast.ops import conv_pool
+
+    compilations = Compilations()
+    weight = torch.empty(128, channels, 4, 4, dtype=torch.float16, device="meta")
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    for images, height, width in itertools.product((1, 2, 5, 16, 32), (16, 33, 129), (16, 20, 65, 257)):
+        shape = (images, channels, height, width)
+        image = torch.empty(shape, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+        size = conv_pool.fake(image.float(), weight.float(), pool=True).shape
+        out = torch.empty(size, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+        with launching.recorded() as launches, launching.as_if_on(capability):
+            conv_pool_mixed(image, weight, pool=True, out=out)
+        compilations.add(launches)
+    assert compilations.counts()["_conv_pool"] <= most, compilations.counts()
 
 
 def test_launches_are_made_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from efficientad_fast import ops
 from efficientad_fast.ops import anomaly_map as maps_contract
+from efficientad_fast.ops import conv_pool as conv_contract
+from efficientad_fast.ops import feature_distance as distance_contract
 from efficientad_fast.ops import quantile as quantile_contract
 from efficientad_fast.reference.preprocess import preprocess as preprocess_one
 
@@ -25,6 +28,7 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 pytest.importorskip("triton", reason="Triton is not installed")
 
 GENERATOR = torch.Generator().manual_seed(3)
+CHANNELS_LAST = torch.channels_last
 FENCE = 97.0  # stands around what a kernel may write
 
 
@@ -43,6 +47,12 @@ def random_image(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     image = torch.rand(shape, generator=GENERATOR, dtype=dtype)
     image.view(-1)[::5] = 0.5  # between two levels
     return image.to(DEVICE)
+
+
+def random_features(*shape: int) -> Tensor:
+    """Channels-last, float16, in [-1, 1)."""
+    features = 2 * torch.rand(shape, generator=GENERATOR) - 1
+    return features.half().contiguous(memory_format=CHANNELS_LAST).to(DEVICE)
 
 
 def fenced(tensor: Tensor, fence: float, by: int = 4096) -> tuple[Tensor, Tensor]:
@@ -178,3 +188,40 @@ def test_quantile_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(out, quantile_contract.reference(values, fractions), EXACT)
     for fence in (memory, room):
         assert_fence_stands(fence, FENCE)
+
+
+@pytest.mark.parametrize("capability", [8.0, 9.0])
+def test_a_workspace_serves_maps_of_all_sizes(capability: float) -> None:
+    """Counts are zeros again, and no sums of another call are taken for counts."""
+    from efficientad_fast.triton_kernels import launching
+
+    sizes = [(9, 10, 150), (3, 17, 384), (16, 1, 70), (9, 10, 33)]
+    least = max(distance_contract.mixed_workspace_size(2, *size) for size in sizes)
+    workspace = torch.zeros(least + 5, device=DEVICE)
+    for height, width, outputs in [*sizes, *sizes]:
+        first = random_features(2, 32, height + 3, width + 3)
+        weight = random_features(outputs, 32, 4, 4)
+        out, memory = fenced(torch.empty(2, 1, height, width, device=DEVICE), FENCE)
+        with launching.as_if_on(capability):
+            kernel("feature_distance", "mixed")(first, weight, out=out, workspace=workspace)
+        expected = distance_contract.compute(first.double(), weight.double())
+        assert_close(out, expected, tolerance("feature_distance, mixed", torch.float32))
+        assert_fence_stands(memory, FENCE)
+        assert not bool(workspace[-2 * height * width :].any()), "counts are left over"
+
+
+@pytest.mark.parametrize("capability", [8.0, 9.0])
+@pytest.mark.parametrize("options", [{}, {"pool": True}, {"pool": True, "padding": 2, "pool_padding": 1}])
+def test_conv_pool_writes_its_outputs_alone(options: dict[str, Any], capability: float) -> None:
+    """Tiles reach over the last row, column and output; what is around the image is NaN."""
+    from efficientad_fast.triton_kernels import launching
+
+    features = random_features(2, 32, 11, 13)
+    padded = torch.nn.functional.pad(features, (1, 1, 1, 1), value=math.nan).contiguous(memory_format=CHANNELS_LAST)
+    weight = random_features(40, 32, 3, 3)
+    expected = conv_contract.compute(features.double(), weight.double(), **options)
+    out, memory = fenced(torch.empty(expected.shape).half().contiguous(memory_format=CHANNELS_LAST).to(DEVICE), FENCE)
+    with launching.as_if_on(capability):
+        kernel("conv_pool", "mixed")(padded[:, :, 1:-1, 1:-1], weight, out=out, **options)
+    assert_close(out, expected, tolerance("conv_pool, mixed", torch.float16))
+    assert_fence_stands(memory, FENCE)
