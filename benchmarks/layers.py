@@ -85,11 +85,11 @@ def convolution(planes: int, kernels: dict[int, int], outputs: int, height: int,
 def work_of(step: Step) -> Work:
     """Of a batch."""
     images, _, height, width = step.out.shape
-    settings, planes = step.settings, step.packed[0].shape[2]
+    settings, planes = step.settings, step.weights[0].shape[2]
     if step.layer == "autoencoder":
         found = layers(step.inputs[0].shape[2:], (height, width))
         read, total = step.inputs[0].shape[1], Work(0, 0)
-        for layer, packed, outputs in zip(found, step.packed, CHANNELS, strict=True):
+        for layer, packed, outputs in zip(found, step.weights, CHANNELS, strict=True):
             total += convolution(packed.shape[2], {layer.kernel: read}, outputs, *layer.out_size)
             read = outputs
         return Work(images * total.direct, images * total.done)
@@ -112,7 +112,7 @@ def algorithm_of(step: Step) -> str:
         return "several"
     kernel = max(value for name, value in step.settings.items() if name.startswith("kernel"))
     by_planes = {planes: name for name, planes in packing.planes_by_algorithm(kernel).items()}
-    return by_planes[step.packed[0].shape[2]]
+    return by_planes[step.weights[0].shape[2]]
 
 
 def median_seconds(run: Callable[[], object]) -> float:
