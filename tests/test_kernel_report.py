@@ -6,9 +6,12 @@ import importlib.util
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from conftest import ROOT
 sys.path.append(str(ROOT))
 
 from benchmarks import kernel_report
+from benchmarks.kernel_report import Failure, Job
 from benchmarks.reports import compiling, listings
 from benchmarks.reports.architectures import ARCHITECTURES, capability, occupancy
 from benchmarks.reports.compiling import CudaCompiler, Kernel, TritonCompiler, Unavailable
@@ -86,6 +90,13 @@ SASS = """\
         /*0000*/                   STL [R0], R11 ;
         /*0010*/                   LDL.128 R8, [R1+0x10] ;
         /*0020*/                   FFMA R1, R2, R3, R4 ;
+        /*0030*/                   UTMALDG.4D [UR8], [UR24], desc[URZ] ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R7], desc[UR8][R2.64], P1 ;
+        /*0050*/                   HGMMA.64x128x16.F32 R24, gdesc[UR4], R24, !UPT ;
+        /*0060*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], R24, gsb0 ;
+        /*0070*/                   QMMA.16832.F32.E4M3.E4M3 R4, R8, R12, R4 ;
+        /*0080*/              @!P0 UTCQMMA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR10], idesc[UR11], UP0 ;
+        /*0090*/                   LDTM.x128 R4, tmem[UR6] ;
 """
 
 
@@ -122,7 +133,8 @@ def test_instructions_of_sass() -> None:
         "STG of 128 bits": 1,
         "all": 11,
     }
-    assert listings.counts(found["second"]) == {"LDL": 1, "STL": 1, "FFMA": 1, "all": 3}
+    later = ("UTMALDG", "LDGSTS", "HGMMA", "QGMMA", "QMMA", "UTCQMMA", "LDTM")
+    assert listings.counts(found["second"]) == {name: 1 for name in ("LDL", "STL", "FFMA", *later)} | {"all": 10}
     assert listings.counts(Counter()) == {"all": 0}
 
 
@@ -143,10 +155,21 @@ def test_instructions_of_sass() -> None:
         (90, 256, 32, 227 * 1024, 1 / 8),
         (90, 256, 32, 227 * 1024 + 1, 0.0),
         (80, 33, 32, 0, 1.0),  # two warps
+        (100, 32, 16, 0, 0.5),  # 32 blocks of a warp
+        (100, 256, 32, 227 * 1024, 1 / 8),
+        (120, 32, 16, 0, 0.5),  # 24
+        (120, 256, 32, 48 * 1024, 2 / 6),
     ],
 )
 def test_occupancy(architecture: int, threads: int, registers: int, shared: int, expected: float) -> None:
     assert occupancy(ARCHITECTURES[architecture], threads, registers, shared) == pytest.approx(expected)
+
+
+def test_tensor_memory_limits_occupancy() -> None:
+    blackwell = ARCHITECTURES[100]
+    assert occupancy(blackwell, 128, 32, 0, tensor_memory=128) == 4 * 4 / 64
+    assert occupancy(blackwell, 128, 32, 0, tensor_memory=129) == 2 * 4 / 64
+    assert occupancy(blackwell, 128, 32, 0, tensor_memory=1) == 1.0, "32 columns are given out"
 
 
 def test_architectures_have_names() -> None:
@@ -174,10 +197,72 @@ def test_faults() -> None:
         "uses local memory (0 bytes of stack)": {"counts": {"STL": 1}},
         "needs 166913 bytes of shared memory, and a block has at most 166912": {"dynamic_shared": 162 * 1024 + 1},
         "has dynamic shared memory, and no constant": {"dynamic_shared": None},
+        "needs 128 columns of tensor memory, and a multiprocessor has 0": {"tensor_memory": 128},
+        "is a heavy convolution and has no HMMA": {"heavy": True},
+        "is a heavy convolution and has no HGMMA or QGMMA": {
+            "heavy": True,
+            "architecture": "sm_90",
+            "counts": {"HMMA": 64, "all": 100},
+        },
     }
     for expected, changes in cases.items():
         (fault,) = replace(FINE, **changes).faults()
         assert fault.startswith(expected)
+    for name in ("HGMMA", "QGMMA"):
+        assert replace(FINE, heavy=True, architecture="sm_90", counts={name: 1}).faults() == []
+
+
+def test_names_of_the_same_kernels_share_a_table() -> None:
+    ampere = replace(FINE, name="a", alike=("b", "c"))
+    hopper = replace(FINE, name="a", alike=("c",), architecture="sm_90")
+    other = replace(FINE, name="b", architecture="sm_90")
+    assert kernel_report.by_names([ampere, hopper, other]) == [(["a", "c"], [ampere, hopper]), (["b"], [ampere, other])]
+
+
+def test_summary_is_from_the_least_to_the_largest() -> None:
+    convolution = replace(FINE, function="x.cu x", made_for="half", counts={"HMMA": 64, "LDGSTS": 8})
+    kernels = [convolution, replace(convolution, counts={"HMMA": 128}), replace(convolution, architecture="sm_100")]
+    table = kernel_report.summary([replace(kernels[0], resources=replace(FINE.resources, registers=96)), *kernels[1:]])
+    cells = [list(column.cells) for column in table.columns]
+    assert [str(cell) for cell in cells[0]] == ["x.cu x", "x.cu x"] and cells[2] == ["sm_80", "sm_100"]
+    assert [column[0] for column in cells[3:]] == ["2", "32-96", "0", "163", "12", "HMMA 64-128", "LDGSTS 0-8"]
+
+
+def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def failing() -> list[Kernel]:
+        raise RuntimeError("nvcc x.cu failed:\nnvcc fatal   : Unsupported gpu architecture 'compute_120'\n")
+
+    waiting = [Job("x.cu", "cuda", "sm_80", lambda: [FINE]), Job("x.cu", "cuda", "sm_120", failing)]
+    monkeypatch.setattr(kernel_report, "jobs", lambda *compilers, models: waiting)
+    monkeypatch.setattr(kernel_report, "CudaCompiler", lambda: Mock(NAME="nvcc", version=lambda: "13.0"))
+    monkeypatch.setattr(kernel_report, "TritonCompiler", unavailable)
+    left_out = "CUDA C++ kernels for sm_120 are left out: nvcc fatal   : Unsupported gpu architecture 'compute_120'"
+    assert kernel_report.main(["--all", "--check"]) == 0
+    assert left_out in capsys.readouterr().out.splitlines()
+    # Not one that was asked for, nor where others were compiled.
+    failed = "x.cu, sm_120: is not compiled: nvcc fatal   : Unsupported gpu architecture 'compute_120'"
+    assert kernel_report.main(["--all", "--check", "--arch", "sm_120"]) == 1
+    assert failed in capsys.readouterr().out.splitlines()
+    waiting.append(Job("y.cu", "cuda", "sm_120", lambda: [replace(FINE, name="y", architecture="sm_120")]))
+    assert kernel_report.main(["--all", "--check"]) == 1
+    assert failed in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        ("PassManager::run failed", "PassManager::run failed"),
+        ("at 3:8:\n    y = zz\n        ^\nzz is not defined", "zz is not defined"),
+        ("PTXAS error: it failed\n`ptxas` stderr:\nptxas fatal   : no\nRepro command: ptxas\n", "ptxas fatal   : no"),
+        ("nvcc failed:\nx.cu(3): error: no\n1 error detected", "x.cu(3): error: no"),
+        ("", "ValueError"),
+    ],
+)
+def test_reasons(said: str, reason: str) -> None:
+    def failing() -> list[Kernel]:
+        raise ValueError(said)
+
+    assert Job("x", "triton", "sm_90", failing)() == Failure("x", "triton", "sm_90", reason)
 
 
 def test_rows_of_the_table() -> None:
@@ -292,9 +377,17 @@ def test_faults_of_cuda_kernels_are_found(
     assert kernels["silent"]["dynamic_shared"] is None and kernels["fine"]["dynamic_shared"] == 0
 
 
-TRITON_KERNEL = """\
+TRITON_KERNELS = """\
+from functools import partial
+
+import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from efficientad_fast.triton_kernels.launching import launch
+
+HEAVY = {"multiply"}
 
 
 @triton.jit
@@ -302,6 +395,43 @@ def spilling(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < count)
     tl.store(y_ptr + at, x / tl.sum(x), mask=at < count)
+
+
+@triton.jit
+def multiply(x, y, out_ptr, taken_ptr, exponents_ptr, offset, one, FLAT: tl.constexpr, DOT: tl.constexpr):
+    m, n = tl.arange(0, 64), tl.arange(0, 32)
+    left, right = x.load([0, offset]), y.load([0, offset])
+    if DOT:
+        sums = tl.dot(left, right.T)
+    else:
+        sums = tl.sum(left.to(tl.float32), 1)[:, None] * tl.sum(right.to(tl.float32), 1)[None, :]
+    sums = tl.where(tl.load(taken_ptr + m)[:, None], sums, one)
+    sums *= tl.exp2(tl.load(exponents_ptr + n).to(tl.float32))[None, :]
+    tl.store(out_ptr + m[:, None] * 32 + n[None, :], sums.to(out_ptr.dtype.element_ty))
+
+
+def product(dtype, count=1, *, flat=False, dot=True):
+    depth = 64 // dtype.itemsize
+    x = torch.empty(64, count * 64, dtype=dtype, device="meta")
+    y = torch.empty(32, count * 64, dtype=dtype, device="meta")
+    out = torch.empty(64, 32, dtype=torch.float16 if dtype == torch.float32 else dtype, device="meta")
+    taken = torch.empty(64, dtype=torch.bool, device="meta")
+    exponents = torch.empty(32, dtype=torch.int8, device="meta")
+    descriptors = [TensorDescriptor.from_tensor(one, [len(one), depth]) for one in (x, y)]
+    launch(multiply, count, x.device, [*descriptors, out, taken, exponents, 7, 1], FLAT=flat, DOT=dot, num_warps=4)
+
+
+def twice(dtype):
+    product(dtype)
+    product(dtype, dot=False, flat=True)
+
+
+def model_calls(model_size, dtype):
+    return {"conv, batch 1": partial(product, dtype), "conv, batch 32": partial(product, dtype, 32)}
+
+
+def representative_calls():
+    return {"wrong": partial(product, torch.float16, dot=False), "right": partial(product, torch.float16)}
 """
 
 
@@ -313,15 +443,37 @@ def triton_compiler() -> TritonCompiler:
         pytest.skip(str(reason))
 
 
-def test_a_spill_of_a_triton_kernel_is_found(triton_compiler: TritonCompiler, tmp_path: Path) -> None:
-    from efficientad_fast.triton_kernels.launching import Launch
-
-    path = tmp_path / "spilling.py"
-    path.write_text(TRITON_KERNEL)
-    spec = importlib.util.spec_from_file_location("spilling", path)
+@pytest.fixture(scope="module")
+def module(triton_compiler: TritonCompiler, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    path = tmp_path_factory.mktemp("kernels") / "tiny.py"
+    path.write_text(TRITON_KERNELS)
+    spec = importlib.util.spec_from_file_location("tiny", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The module's name, as the only one there is."""
+    monkeypatch.setitem(sys.modules, "efficientad_fast.triton_kernels.tiny", module)
+    monkeypatch.setattr(compiling, "triton_modules", lambda: ["tiny"])
+    monkeypatch.setattr(kernel_report, "CudaCompiler", unavailable)
+    return "tiny"
+
+
+def recorded(call: Callable[[], object]) -> list[Any]:
+    from efficientad_fast.triton_kernels import launching
+
+    with launching.recorded() as launches:
+        call()
+    return launches
+
+
+def test_a_spill_of_a_triton_kernel_is_found(triton_compiler: TritonCompiler, module: ModuleType) -> None:
+    from efficientad_fast.triton_kernels.launching import Launch
+
     tensors = {name: torch.empty(4096, device="meta") for name in ("x_ptr", "y_ptr")}
     launch = Launch(module.spilling, tensors | {"count": 4000, "BLOCK": 4096}, {"num_warps": 1, "maxnreg": 32})
     tight = triton_compiler.compile_launch("tight", launch, "sm_90")
@@ -331,12 +483,101 @@ def test_a_spill_of_a_triton_kernel_is_found(triton_compiler: TritonCompiler, tm
     assert roomy.faults() == [] and roomy.resources.registers > 0
 
 
+@pytest.mark.parametrize(
+    "dtype, name", [(torch.float8_e4m3fn, "fp8e4nv"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")]
+)
+def test_arguments_are_as_in_a_launch(module: ModuleType, dtype: torch.dtype, name: str) -> None:
+    (launch,) = recorded(lambda: module.product(dtype))
+    asked = compiling.compilation("product", launch, "sm_90")
+    depth = 64 // dtype.itemsize
+    assert asked.source.signature == {
+        "x": f"tensordesc<{name}[64, {depth}]>",
+        "y": f"tensordesc<{name}[32, {depth}]>",
+        "out_ptr": f"*{name}",
+        "taken_ptr": "*u1",
+        "exponents_ptr": "*i8",
+        "offset": "i32",
+        **dict.fromkeys(("one", "FLAT", "DOT"), "constexpr"),
+    }
+    assert asked.source.constants == {(6,): 1, (7,): False, (8,): True}
+    assert [path for path, facts in asked.source.attrs.items() if facts] == [(2,), (3,), (4,)]
+    assert asked.made_for == str(dtype).removeprefix("torch.")
+
+
+def test_what_is_heavy(module: ModuleType) -> None:
+    from efficientad_fast.triton_kernels.implicit_gemm import FLAT
+
+    def heavy(dtype: torch.dtype, functions: set[str] = module.HEAVY, *, flat: bool = False) -> bool:
+        (launch,) = recorded(lambda: module.product(dtype, flat=flat))
+        return compiling.compilation("product", launch, "sm_90", heavy=functions).heavy
+
+    assert heavy(torch.float16) and heavy(torch.float8_e4m3fn)
+    assert not heavy(torch.float16, flat=True)
+    assert not heavy(torch.float32)
+    assert not heavy(torch.float16, {"another"})
+    loads = {"LOADS": FLAT}, {"LOADS": FLAT - 1}, {"A_LOADS": FLAT, "B_LOADS": 0}, {}
+    few = [compiling.has_few_channels(Mock(arguments=arguments)) for arguments in loads]
+    assert few == [True, False, False, False]
+
+
+def test_products_past_the_tensor_cores_are_found(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernel_report.main(["--check"]) == 1
+    faults = [line for line in capsys.readouterr().out.splitlines() if "heavy" in line]
+    assert faults == [
+        "tiny.py wrong, sm_80: is a heavy convolution and has no HMMA",
+        "tiny.py wrong, sm_90: is a heavy convolution and has no HGMMA or QGMMA",
+    ]
+
+
+def test_all_compiles_what_is_the_same_once(
+    triton_compiler: TritonCompiler, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [one for name in ("sm_80", "sm_89") for one in triton_compiler.of_models("tiny", name)]
+    assert len(asked) == 2 * 2 * (2 + 3), "sizes, batches, dtypes; no float8 for sm_80"
+    waiting = kernel_report.jobs(None, triton_compiler, ["sm_80", "sm_89"], models=True)
+    assert [(job.name, job.architecture) for job in waiting] == [
+        (f"tiny.py S {dtype} conv, batch 1", architecture)
+        for architecture, dtypes in (("sm_80", 2), ("sm_89", 3))
+        for dtype in ("float16", "bfloat16", "float8_e4m3fn")[:dtypes]
+    ]
+    written = tmp_path / "all.json"
+    assert kernel_report.main(["--all", "--check", "--arch", "sm_90", "--json", str(written)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "multiply" in line]
+    assert [line[:5] for line in lines] == [
+        ["tiny.py", "multiply", dtype, "sm_90", "1"] for dtype in ("bfloat16", "float16", "float8_e4m3fn")
+    ]
+    kernels = json.loads(written.read_text())["kernels"]
+    assert [("HGMMA" in one["counts"], "QGMMA" in one["counts"]) for one in kernels] == [(1, 0), (1, 0), (0, 1)]
+    assert all(one["counts"]["UTMALDG"] == 2 and one["heavy"] for one in kernels)
+    others = ("S float16 conv, batch 32", "M float16 conv, batch 1", "M float16 conv, batch 32")
+    assert kernels[0]["alike"] == [f"tiny.py {call}" for call in others]
+
+
+def test_launches_of_a_call_are_told_from_each_other(
+    triton_compiler: TritonCompiler, tiny: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "representative_calls", lambda: {"both": lambda: module.twice(torch.float16)})
+    asked = triton_compiler.representative("tiny", "sm_90")
+    assert [one.name for one in asked] == ["tiny.py both multiply 1", "tiny.py both multiply 2"]
+    assert [one.heavy for one in asked] == [True, False]
+    monkeypatch.delattr(module, "model_calls")
+    assert [one.key for one in triton_compiler.of_models("tiny", "sm_90")] == [one.key for one in asked]
+
+
 def test_triton_kernels_have_no_faults(triton_compiler: TritonCompiler) -> None:
-    modules = compiling.triton_modules()
-    assert {"anomaly_map", "preprocess"} <= set(modules)
-    for module in modules:
+    """Of the operators without products; CI's ``--check`` has them all."""
+    for module in ("anomaly_map", "preprocess", "quantile"):
         kernels = triton_compiler.compile(module, "sm_90")
         assert kernels and [fault for kernel in kernels for fault in kernel.faults()] == []
         assert all(kernel.counts["LDG"] and kernel.occupancy > 0 for kernel in kernels)
         # A histogram is written by atomics alone.
         assert all({"STG", "RED", "REDG"} & kernel.counts.keys() for kernel in kernels)
+
+
+@pytest.mark.parametrize("architecture, instructions", [("sm_80", {"HMMA", "LDGSTS"}), ("sm_90", {"HGMMA", "UTMALDG"})])
+def test_convolutions_load_as_their_architecture_does(
+    triton_compiler: TritonCompiler, architecture: str, instructions: set[str]
+) -> None:
+    asked = [one for one in triton_compiler.representative("conv_pool", architecture) if one.heavy]
+    kernel = triton_compiler.compiled(asked[0])
+    assert kernel.faults() == [] and instructions <= kernel.counts.keys()

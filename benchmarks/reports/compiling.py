@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,12 @@ class Kernel:
         threads: of a block; None where its launch bounds do not say.
         dynamic_shared: bytes of a block that the launch decides, at most; None where nothing says how many.
         counts: of instructions, as `listings.counts` names them.
+        function: file and function, of which there may be several kernels, such as ``conv_pool.py _conv_pool``.
+        made_for: ``float16``, the dtype of the first tensor that a Triton kernel is given; ``float, true``, what a CUDA
+            C++ template is given.
+        heavy: whether it must run on tensor cores.
+        tensor_memory: columns of a block.
+        alike: names of launches that lead to this very kernel too.
     """
 
     name: str
@@ -52,6 +60,11 @@ class Kernel:
     threads: int | None
     dynamic_shared: int | None
     counts: dict[str, int]
+    function: str = ""
+    made_for: str = ""
+    heavy: bool = False
+    tensor_memory: int = 0
+    alike: tuple[str, ...] = ()
 
     @property
     def shared(self) -> int:
@@ -61,7 +74,8 @@ class Kernel:
     @property
     def occupancy(self) -> float:
         limits = ARCHITECTURES[capability(self.architecture)]
-        return occupancy(limits, self.threads or ASSUMED_THREADS, self.resources.registers, self.shared)
+        threads = self.threads or ASSUMED_THREADS
+        return occupancy(limits, threads, self.resources.registers, self.shared, self.tensor_memory)
 
     def faults(self) -> list[str]:
         """What ``--check`` does not let pass."""
@@ -71,13 +85,19 @@ class Kernel:
             found.append(f"spills registers ({used.spill_stores} bytes stored, {used.spill_loads} loaded)")
         elif used.stack or self.counts.get("LDL") or self.counts.get("STL"):
             found.append(f"uses local memory ({used.stack} bytes of stack)")
-        most = ARCHITECTURES[capability(self.architecture)].shared_of_block
-        if self.shared > most:
+        limits = ARCHITECTURES[capability(self.architecture)]
+        if self.shared > limits.shared_of_block:
+            most = limits.shared_of_block
             found.append(f"needs {self.shared} bytes of shared memory, and a block has at most {most}")
+        if self.tensor_memory > limits.tensor_memory:
+            most = limits.tensor_memory
+            found.append(f"needs {self.tensor_memory} columns of tensor memory, and a multiprocessor has {most}")
         if self.dynamic_shared is None:
             found.append(
                 "has dynamic shared memory, and no constant named k...SharedBytes beside it says how much at most"
             )
+        if self.heavy and not any(self.counts.get(name) for name in limits.products):
+            found.append(f"is a heavy convolution and has no {' or '.join(limits.products)}")
         return found
 
 
@@ -165,6 +185,8 @@ class CudaCompiler:
                 threads=entries[name].threads,
                 dynamic_shared=most if entries[name].dynamic_shared else 0,
                 counts=listings.counts(sass[name]),
+                function=f"{source.name} {readable(name).partition('<')[0]}",
+                made_for=readable(name).partition("<")[2].removesuffix(">"),
             )
             for name, used in resources.items()
         ]
@@ -231,15 +253,103 @@ def readable(mangled: str) -> str:
 
 # Triton
 
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float64: "*fp64",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+MODEL_SIZES = ("s", "m")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What a launch asks Triton for.
+
+    Attributes:
+        name, function, architecture, made_for, heavy: as in `Kernel`.
+        source: types, constants and divisibility of the arguments: a ``triton.compiler.ASTSource``.
+        options: of Triton's backend, such as ``num_warps``.
+        key: the same for what compiles to the same kernel.
+        alike: names of others with this key.
+    """
+
+    name: str
+    function: str
+    architecture: str
+    made_for: str
+    heavy: bool
+    source: Any
+    options: Mapping[str, Any]
+    key: tuple[str, ...]
+    alike: tuple[str, ...] = ()
+
+
+def compilation(name: str, launch: Any, architecture: str, file: str = "", heavy: Collection[str] = ()) -> Compilation:
+    """Of a `launching.Launch`; Triton's own launcher finds the types and what it specialises on.
+
+    Args:
+        name: of the launch.
+        file: that has the kernel.
+        heavy: functions that must run on tensor cores, but for images of few channels and for float32.
+    """
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    backend = make_backend(_target(architecture))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, left = bind(**launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(backend, left, bound, specialization, left)
+    source = ASTSource(kernel, signature, constants, attributes)
+    dtype = _dtype(launch)
+    return Compilation(
+        name=name,
+        function=f"{file} {kernel.__name__}".strip(),
+        architecture=architecture,
+        made_for=str(dtype).removeprefix("torch."),
+        heavy=kernel.__name__ in heavy and dtype != torch.float32 and not has_few_channels(launch),
+        source=source,
+        options=options.__dict__,
+        key=(source.hash(), options.hash(), architecture),
+    )
+
+
+def _target(architecture: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", capability(architecture), WARP)
+
+
+def _dtype(launch: Any) -> torch.dtype | None:
+    for value in launch.arguments.values():
+        tensor = getattr(value, "base", value)  # a descriptor has one
+        if isinstance(tensor, torch.Tensor):
+            return tensor.dtype
+    return None
+
+
+def has_few_channels(launch: Any) -> bool:
+    """Whether a convolution's tiles are as deep as several taps, for the channels of one are too few."""
+    from efficientad_fast.triton_kernels.implicit_gemm import FLAT
+
+    loads = [value for name, value in launch.arguments.items() if name == "LOADS" or name.endswith("_LOADS")]
+    return bool(launch.arguments.get("FLAT")) or (bool(loads) and all(value == FLAT for value in loads))
+
+
+def distinct(compilations: Iterable[Compilation]) -> list[Compilation]:
+    """The first of each key, which names the others, in order."""
+    found: dict[tuple[str, ...], list[Compilation]] = {}
+    for one in compilations:
+        found.setdefault(one.key, []).append(one)
+    return [
+        dataclasses.replace(
+            first, alike=tuple(one.name for one in others), heavy=any(one.heavy for one in (first, *others))
+        )
+        for first, *others in found.values()
+    ]
+
+
+def model_dtypes(architecture: str) -> tuple[torch.dtype, ...]:
+    """In which the models' kernels run there."""
+    from efficientad_fast.triton_kernels.implicit_gemm import FLOAT8_SINCE
+
+    halves = (torch.float16, torch.bfloat16)
+    return (*halves, torch.float8_e4m3fn) if capability(architecture) / 10 >= FLOAT8_SINCE else halves
 
 
 class TritonCompiler:
@@ -263,70 +373,98 @@ class TritonCompiler:
 
         return str(triton.__version__)
 
-    def compile(self, module: str, architecture: str) -> list[Kernel]:
-        """Every launch of the representative calls of ``efficientad_fast.triton_kernels.<module>``."""
+    def representative(self, module: str, architecture: str) -> list[Compilation]:
+        """Every launch of the representative calls of ``efficientad_fast.triton_kernels.<module>``.
+
+        Launches are written down as they would be on that architecture: kernels load in other ways on others.
+        """
+        return self._recorded(module, architecture, lambda kernels: kernels.representative_calls())
+
+    def of_models(self, module: str, architecture: str) -> list[Compilation]:
+        """Every launch of EfficientAD-S and -M, in all dtypes; `representative` ones of a module without models."""
+        if not hasattr(_module(module), "model_calls"):
+            return self.representative(module, architecture)
+
+        def calls(kernels: Any) -> dict[str, Callable[[], object]]:
+            return {
+                f"{size.upper()} {str(dtype).removeprefix('torch.')} {name}": call
+                for size in MODEL_SIZES
+                for dtype in model_dtypes(architecture)
+                for name, call in kernels.model_calls(size, dtype).items()
+            }
+
+        return self._recorded(module, architecture, calls)
+
+    def _recorded(
+        self, module: str, architecture: str, calls: Callable[[Any], Mapping[str, Callable[[], object]]]
+    ) -> list[Compilation]:
         from efficientad_fast.triton_kernels import launching
 
+        kernels = _module(module)
         found = []
-        calls = importlib.import_module(f"efficientad_fast.triton_kernels.{module}").representative_calls()
-        for name, call in calls.items():
-            with launching.recorded() as launches:
-                call()
-            for launch in launches:
-                which = f" {launch.kernel.__name__}" if len(launches) > 1 else ""
-                found.append(self.compile_launch(f"{module}.py {name}{which}", launch, architecture))
+        with launching.as_if_on(capability(architecture) / 10):
+            for call, run_it in calls(kernels).items():
+                with launching.recorded() as launches:
+                    run_it()
+                for which, launch in zip(_numbered(launches), launches, strict=True):
+                    name = f"{module}.py {call}{which}"
+                    heavy = getattr(kernels, "HEAVY", ())
+                    found.append(compilation(name, launch, architecture, f"{module}.py", heavy))
         return found
+
+    def compile(self, module: str, architecture: str) -> list[Kernel]:
+        """What the representative calls of a module run, each kernel once."""
+        return [self.compiled(one) for one in distinct(self.representative(module, architecture))]
 
     def compile_launch(self, name: str, launch: Any, architecture: str) -> Kernel:
         """What a `launching.Launch` would have run."""
+        return self.compiled(compilation(name, launch, architecture))
+
+    def compiled(self, asked: Compilation) -> Kernel:
+        """The kernel."""
         import triton
-        from triton.backends.compiler import GPUTarget
 
         knobs = triton.knobs
-        target = GPUTarget("cuda", capability(architecture), WARP)
         log = io.StringIO()
         with tempfile.TemporaryDirectory() as folder:
             with knobs.cache.scope(), knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
                 knobs.cache.dir = folder
                 knobs.compilation.always_compile = True
                 knobs.nvidia.dump_ptxas_log = True
-                compiled = triton.compile(_source(launch), target=target, options=dict(launch.options))
+                made = triton.compile(asked.source, target=_target(asked.architecture), options=dict(asked.options))
             cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
+            cubin.write_bytes(made.asm["cubin"])
             sass = listings.instructions(run(self.disassembler, "-c", cubin))
         ((mangled, used),) = listings.resources(log.getvalue()).items()
         return Kernel(
-            name=name,
+            name=asked.name,
             kind="triton",
-            architecture=architecture,
+            architecture=asked.architecture,
             resources=used,
-            threads=listings.entries(compiled.asm["ptx"])[mangled].threads,
-            dynamic_shared=compiled.metadata.shared,
+            threads=listings.entries(made.asm["ptx"])[mangled].threads,
+            dynamic_shared=made.metadata.shared,
             counts=listings.counts(sass[mangled]),
+            function=asked.function,
+            made_for=asked.made_for,
+            heavy=asked.heavy,
+            tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
+            alike=asked.alike,
         )
 
 
-def _source(launch: Any) -> Any:
-    """Types, constants and divisibility of the arguments, as Triton's launcher finds them."""
-    from triton.compiler import ASTSource
+def _module(name: str) -> Any:
+    return importlib.import_module(f"efficientad_fast.triton_kernels.{name}")
 
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        else:
-            signature[name] = parameter.annotation_type or "fp32"
-        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if aligned and specialised and not parameter.do_not_specialize_on_alignment and name not in constants:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
+
+def _numbered(launches: Sequence[Any]) -> list[str]:
+    """What tells the launches of one call from each other: nothing, or the function, or its number too."""
+    names = [launch.kernel.__name__ for launch in launches]
+    if len(names) == 1:
+        return [""]
+    return [
+        f" {name} {names[: index + 1].count(name)}" if names.count(name) > 1 else f" {name}"
+        for index, name in enumerate(names)
+    ]
 
 
 def triton_modules() -> list[str]:

@@ -97,9 +97,20 @@ def instructions(sass: str) -> dict[str, Counter[str]]:
     return found
 
 
-# What a performance question starts with: tensor cores, copies past registers, memory, atomics, barriers, arithmetic.
+# Of tensor cores: of a warp, of a warp group (sm_90), and from tensor memory (sm_100).
+PRODUCTS = (
+    *("HMMA", "QMMA", "IMMA", "DMMA", "HGMMA", "QGMMA", "IGMMA"),
+    *("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
+)
+
+# From global to shared memory and back, past registers: cp.async, TMA by descriptor, TMA in bulk.
+COPIES = ("LDGSTS", "UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP")
+
+# What a performance question starts with: tensor cores, copies, tensor memory, memory, atomics, barriers, arithmetic.
 INSTRUCTIONS = (
-    *("HMMA", "HGMMA", "IMMA", "IGMMA", "DMMA", "LDGSTS", "UTMALDG", "UTMASTG", "UBLKCP"),
+    *PRODUCTS,
+    *COPIES,
+    *("LDTM", "STTM", "UTCCP"),
     *("LDG", "STG", "LDSM", "LDS", "STS", "LDL", "STL", "ATOMG", "RED", "REDG", "ATOMS", "BAR", "FFMA"),
 )
 
