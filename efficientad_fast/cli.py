@@ -34,6 +34,8 @@ from rich.table import Table
 from efficientad_fast.errors import EfficientADError, InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from efficientad_fast.detector import DecodeOptions, Detector, Prediction
     from efficientad_fast.evaluation import Evaluation
     from efficientad_fast.reference.networks import ModelSize, PatchDescriptionNetwork
@@ -51,7 +53,13 @@ errors = Console(stderr=True, highlight=False)
 
 DeviceOption = Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images that go through the networks together.")]
-DtypeOption = Annotated[str, typer.Option(help="'float32', 'float16', 'bfloat16' or 'float64'.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="Of the networks: 'auto' (float32 on a CPU, float16 on a GPU), 'float32', 'float16', 'bfloat16', 'float8' "
+        "(see `efficientad-fast calibrate`) or 'float64'."
+    ),
+]
 
 
 class _Watch:
@@ -126,6 +134,10 @@ def _network_size(text: str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.strip().isdigit() for part in parts):
         raise InputError(f"--size must be a number or HEIGHTxWIDTH such as 256 or 256x512, got {text!r}.")
     return int(parts[0]), int(parts[-1])
+
+
+def _dtype(text: str) -> str | None:
+    return None if text == "auto" else text
 
 
 def _model_size(text: str) -> ModelSize:
@@ -245,7 +257,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Folder for predictions.csv and overlays.")] = None,
     batch_size: BatchOption = 1,
     device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     max_value: Annotated[
         int | None, typer.Option(help="Value of white in 16-bit files, in place of the detector's own.")
     ] = None,
@@ -268,11 +280,13 @@ def predict(
         paths = [found for path in images for found in (list_images(path) if path.is_dir() else [path])]
         rows: list[Prediction] = []
         options = DecodeOptions(max_value=max_value, apply_exif=apply_exif)
+        chosen = _dtype(dtype)
+        threshold = detector.precision(detector.dtype_on(device, chosen)).threshold
         stream = detector.stream(
             paths,
             batch_size=batch_size,
             device=device,
-            dtype=dtype,
+            dtype=chosen,
             map_size="original" if out else "network",
             decode=options,
         )
@@ -288,7 +302,7 @@ def predict(
                         sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{_printable(prediction.source)}\n")
                         sys.stdout.flush()
                         if out is not None:
-                            start(_write_overlay, prediction, detector, options, out, index)
+                            start(_write_overlay, prediction, detector, threshold, options, out, index)
         finally:
             # Interrupted, too: what was predicted is not lost.
             if out is not None:
@@ -334,7 +348,9 @@ def _write_predictions(rows: Sequence[Prediction], path: Path) -> None:
             writer.writerow([_printable(row.source), *figures])
 
 
-def _write_overlay(prediction: Prediction, detector: Detector, options: DecodeOptions, out: Path, index: int) -> None:
+def _write_overlay(
+    prediction: Prediction, detector: Detector, threshold: float, options: DecodeOptions, out: Path, index: int
+) -> None:
     import numpy as np
 
     from efficientad_fast.report.overlays import colour_range, displayable, save_overlay
@@ -344,7 +360,7 @@ def _write_overlay(prediction: Prediction, detector: Detector, options: DecodeOp
     # Decoded a second time: keeping every original in the stream would cost more memory than this costs time.
     image = displayable(detector.preprocessing.decode(prediction.source, options).numpy())
     name = f"{index:05d}_{_printable(Path(prediction.source).stem)}.png"
-    low, high = colour_range(np.array([]), detector.threshold)
+    low, high = colour_range(np.array([]), threshold)
     save_overlay(out / name, image, prediction.anomaly_map, low, high)
 
 
@@ -356,7 +372,7 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Where the figures go, as JSON.")] = None,
     batch_size: BatchOption = 1,
     device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Evaluate a detector on a data set's test images; optionally write an HTML report."""
     from efficientad_fast.data.folders import open_dataset
@@ -366,13 +382,15 @@ def evaluate(
 
     with _told_plainly():
         detector = Detector.load(model)
+        computed = detector.dtype_on(device, _dtype(dtype))
+        _tell_emulated(computed, device)
         with _Watch() as watch:
             evaluation = run(
                 detector,
                 open_dataset(data),
                 batch_size=batch_size,
                 device=device,
-                dtype=dtype,
+                dtype=computed,
                 progress=lambda done, total: watch.progress("evaluating", done, total),
             )
         if json_out is not None:
@@ -387,6 +405,62 @@ def evaluate(
             raise typer.Exit(1)
 
 
+def _tell_emulated(dtype: torch.dtype, device: str) -> None:
+    from efficientad_fast.detector import is_emulated
+
+    if is_emulated(dtype, device):
+        console.print("float8 is emulated on a CPU: about a second an image.", soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="A detector made by `efficientad-fast train`.")],
+    images: Annotated[Path, typer.Argument(help="Folder of good images that it was not trained on, or its data set.")],
+    dtype: Annotated[str, typer.Option(help="'float8', 'float16' or 'bfloat16'.")],
+    out: Annotated[Path | None, typer.Option(help="Where the detector goes, in place of its own file.")] = None,
+    batch_size: BatchOption = 1,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Estimate a detector's quantiles and threshold in another precision; float8 cannot do without.
+
+    Of a data set, its validation images are taken, or those that training held back. On a CPU, float8 is emulated,
+    which is slow and gives the same numbers but for the order of sums.
+    """
+    from efficientad_fast.detector import Detector, dtype_name
+    from efficientad_fast.training.calibrate import calibration_dtype, images_for
+    from efficientad_fast.training.inputs import check_images, check_output
+
+    with _told_plainly():
+        target = out or model
+        if target.suffix != ".safetensors":
+            raise InputError(f"--out must end in .safetensors, got {str(target)!r}.")
+        detector = Detector.load(model)
+        name = dtype_name(calibration_dtype(dtype))
+        check_output(target)
+        chosen, which = images_for(detector, images)
+        console.print(f"calibrating {name} on {escape(which)}", soft_wrap=True)
+        _tell_emulated(calibration_dtype(dtype), device)
+        try:
+            with _Watch() as watch:
+                check_images(
+                    chosen,
+                    detector.preprocessing.decode,
+                    lambda done, total: watch.progress("checking images", done, total),
+                )
+                calibrated = detector.calibrated(
+                    chosen, dtype, device=device, batch_size=batch_size, progress=watch.progress
+                )
+        except KeyboardInterrupt:
+            errors.print(f"stopped; {escape(str(target))} is as it was.", soft_wrap=True)
+            raise typer.Exit(130) from None
+        calibrated.save(target)
+        console.print(
+            f"saved {escape(str(target))}, threshold in {name} {calibrated.precisions[name].threshold:.4f} "
+            f"(float32: {calibrated.threshold:.4f})",
+            soft_wrap=True,
+        )
+
+
 def _print_evaluation(evaluation: Evaluation) -> None:
     def figure(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
@@ -398,6 +472,8 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     table.add_row("all", str(len(evaluation.images) - len(evaluation.failed)), "", figure(evaluation.auroc))
     console.print(table)
     console.print(f"pixel AUROC {figure(evaluation.pixel_auroc)}, AU-PRO (0.3) {figure(evaluation.au_pro)}")
+    settings = evaluation.settings
+    console.print(f"{settings['dtype']} on {settings['device']}, {evaluation.images_per_second:.1f} images/s")
     for note in evaluation.notes:
         console.print(escape(note), soft_wrap=True)
 
@@ -510,13 +586,17 @@ def _default_teacher_line() -> str:
 
 @app.command()
 def info(
+    model: Annotated[Path | None, typer.Argument(help="A detector, to print what it is in place of the rest.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Print versions, what was built, and which backends work here."""
-    from efficientad_fast.info import collect, render
+    """Print versions, what was built, and which backends work here; or what a detector is."""
+    from efficientad_fast.detector import Detector
+    from efficientad_fast.info import collect, render, render_summary
 
-    facts = collect()
-    sys.stdout.write((json.dumps(facts, indent=2) if as_json else render(facts)) + "\n")
+    with _told_plainly():
+        facts = collect() if model is None else Detector.load(model).summary()
+        text = render(facts) if model is None else render_summary(facts)
+        sys.stdout.write((json.dumps(facts, indent=2) if as_json else text) + "\n")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
@@ -25,7 +25,17 @@ from efficientad_fast.data.decode import check_decode_options, decode_image
 from efficientad_fast.data.folders import list_images
 from efficientad_fast.errors import DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
-from efficientad_fast.plan import DTYPES, Backend, Plan, PlanInput, build_plan, parse_device, parse_dtype
+from efficientad_fast.plan import (
+    DTYPES,
+    Backend,
+    Pending,
+    Plan,
+    PlanInput,
+    build_plan,
+    default_dtype,
+    parse_device,
+    parse_dtype,
+)
 from efficientad_fast.reference.maps import MapConvention, Quantiles
 from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
 from efficientad_fast.reference.preprocess import (
@@ -240,6 +250,7 @@ class Detector:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     precisions: Mapping[str, Precision] = field(default_factory=dict)
     _plans: dict[tuple[torch.device, torch.dtype, Backend], Plan] = field(default_factory=dict, init=False, repr=False)
+    _dtypes: dict[torch.device, torch.dtype] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -281,7 +292,7 @@ class Detector:
         return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _plans={}, _lock=threading.Lock())
+        self.__dict__.update(state, _plans={}, _dtypes={}, _lock=threading.Lock())
 
     @property
     def size(self) -> tuple[int, int]:
@@ -416,10 +427,74 @@ class Detector:
         """Quantiles and threshold where the networks run in ``dtype``: its own, or the detector's.
 
         Raises:
-            InputError: an unknown dtype.
+            InputError: an unknown dtype, or float8 where the detector is not calibrated in it.
         """
-        own = self.precisions.get(dtype_name(parse_dtype(dtype)))
+        name = dtype_name(parse_dtype(dtype))
+        own = self.precisions.get(name)
+        if own is None and name == "float8":
+            raise InputError(
+                "This detector is not calibrated in float8, whose scales are made from activations of good images. Use "
+                "detector.calibrated(GOOD_IMAGES, 'float8') or `efficientad-fast calibrate MODEL GOOD_IMAGES --dtype "
+                "float8`."
+            )
         return Precision(self.quantiles, self.threshold) if own is None else own
+
+    def dtype_on(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
+        """The dtype that predicting on a device computes in: ``dtype``, or the device's default where it is ``None``.
+
+        The default is float32 on a CPU; float16 on a GPU where the GPU plan runs, with maps within 2e-3 of float32's
+        (relative norm), else float32.
+
+        Raises:
+            InputError: unknown device or dtype; BackendError: this machine has no such device.
+        """
+        if dtype is not None:
+            return parse_dtype(dtype)
+        parsed = parse_device(device)
+        # Looking at all layers takes longer than predicting an image.
+        if parsed not in self._dtypes:
+            self._dtypes[parsed] = default_dtype(parsed, self.plan_input(self.size))
+        return self._dtypes[parsed]
+
+    def calibrated(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        dtype: str | torch.dtype,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 1,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Detector:
+        """A copy with quantiles and threshold estimated in ``dtype``, as training estimates those of float32.
+
+        In float8 the images go through the networks twice: the first time in float32, for the activations that the
+        scales are made from. Memory does not grow with their number. Without a GPU, float8 is emulated: slow, and
+        the same numbers but for the order of sums.
+
+        Args:
+            images: good ones that the detector was not trained on: a folder (a data set's: its validation images, or
+                those that training held back), or a list or tuple as for :meth:`predict`.
+            dtype: one of :data:`PRECISIONS`.
+            device: where the networks run.
+            batch_size: images that go through them together.
+            progress: called with what is being done, images done, and images in all.
+
+        Raises:
+            InputError: no images, images that can be read only once, a folder of defective ones, or another dtype.
+            ImageError: an image cannot be read.
+            BackendError: the device cannot run the dtype.
+        """
+        from efficientad_fast.training.calibrate import calibration_dtype, estimate, images_for
+
+        name = dtype_name(calibration_dtype(dtype))
+        if isinstance(images, str | os.PathLike) and Path(images).is_dir():
+            several: Iterable[ImageSource] = images_for(self, Path(images))[0]
+        else:
+            _, several = _arrange(images)
+        if not isinstance(several, Sequence):
+            raise InputError("Calibrating reads the images more than once: give a folder or a list, not an iterator.")
+        found = estimate(self, several, name, device=device, batch_size=batch_size, progress=progress)
+        return replace(self, precisions={**self.precisions, name: found})
 
     def plan_input(self, size: tuple[int, int], dtype: str | torch.dtype = "float32") -> PlanInput:
         """What plans of this detector are made from, for inputs of ``size`` (height, width) and a dtype."""
@@ -435,17 +510,18 @@ class Detector:
             self.map_convention,
             self.pad_maps,
             size,
+            precision.activations,
         )
 
     def plan(
-        self, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", *, backend: Backend = "auto"
+        self, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None, *, backend: Backend = "auto"
     ) -> Plan:
-        """The plan for a device and dtype, built on first use and kept.
+        """The plan for a device and dtype (:meth:`dtype_on` says what ``None`` is), built on first use and kept.
 
         Raises:
             InputError: unknown device, dtype or backend; BackendError: they cannot be used on this machine.
         """
-        key = (parse_device(device), parse_dtype(dtype), backend)
+        key = (parse_device(device), self.dtype_on(device, dtype), backend)
         with self._lock:
             if key not in self._plans:
                 source = self.plan_input(self.size, key[1])
@@ -457,14 +533,17 @@ class Detector:
         *,
         batch_size: int = 1,
         device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        runs: int = 2,
+        dtype: str | torch.dtype | None = None,
+        runs: int = 3,
     ) -> None:
-        """Build the plan and run it on blank images, so that the first real prediction is as fast as the next."""
+        """Build the plan and run it on blank images, so that the first real prediction is as fast as the next.
+
+        On a GPU the third run is the first that is all of one graph; the graph's images are of the networks' size.
+        """
         plan = self.plan(device, dtype)
-        blank = torch.zeros(batch_size, 3, *self.size)
+        blank = torch.zeros(3, *self.size, dtype=torch.uint8)
         for _ in range(runs):
-            plan.run(blank, [self.size] * batch_size)
+            plan.submit([blank] * batch_size, self.preprocessing).result()
 
     def predict(
         self,
@@ -472,7 +551,7 @@ class Detector:
         *,
         batch_size: int = 1,
         device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype | None = None,
         map_size: MapSize = "network",
         channel_order: str = "rgb",
         max_value: int | None = None,
@@ -491,7 +570,9 @@ class Detector:
                   too, is read before the next is asked for.
             batch_size: images that go through the networks together. A stream waits for that many.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-            dtype: of the networks: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"float64"``.
+            dtype: of the networks: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"float64"``, or ``"float8"`` where
+                the detector is :meth:`calibrated` in it. ``None`` is the device's, as :meth:`dtype_on` says: float32
+                on a CPU, float16 on a GPU (maps within 2e-3).
             map_size: return maps at the network's size or each image's own. Scores are the same.
             channel_order: ``"rgb"`` or ``"bgr"`` (OpenCV), for arrays and tensors.
             max_value: value of white, for uint16 arrays and 16-bit files, in place of the detector's own.
@@ -510,8 +591,9 @@ class Detector:
             (source,) = several
             # In this thread: there is nothing to decode ahead.
             decoded = _decode(source, _name(source, 0), self.preprocessing, options)
-            threshold = self.precision(plan.dtype).threshold
-            (prediction,) = self._predict_batch(iter([decoded]), 1, plan, threshold, map_size == "original")
+            (prediction,) = _submitted([decoded], plan, self.preprocessing, map_size == "original").predictions(
+                self.precision(plan.dtype).threshold
+            )
             if prediction.error is not None:
                 raise ImageError(prediction.error)
             return prediction
@@ -526,7 +608,7 @@ class Detector:
         *,
         batch_size: int = 1,
         device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype | None = None,
         map_size: MapSize = "network",
         decode: DecodeOptions | None = None,
     ) -> Iterator[Prediction]:
@@ -548,7 +630,7 @@ class Detector:
         self,
         batch_size: int,
         device: str | torch.device,
-        dtype: str | torch.dtype,
+        dtype: str | torch.dtype | None,
         map_size: MapSize,
         options: DecodeOptions,
     ) -> Plan:
@@ -571,13 +653,16 @@ class Detector:
             batch_size = min(batch_size, len(images))
         threshold = self.precision(plan.dtype).threshold
         with _decoding_ahead(images, self.preprocessing, options, batch_size) as decoded:
-            while predictions := self._predict_batch(decoded, batch_size, plan, threshold, original_maps):
-                yield from predictions
+            if plan.device.type == "cuda":
+                yield from self._run_overlapped(decoded, plan, batch_size, threshold, original_maps)
+                return
+            while items := self._run_batch(decoded, plan, batch_size, original_maps):
+                yield from items.predictions(threshold)
 
-    def _predict_batch(
-        self, decoded: Iterator[_Decoded], batch_size: int, plan: Plan, threshold: float, original_maps: bool
-    ) -> list[Prediction]:
-        """Of the next ``batch_size`` images, or of those that are left."""
+    def _run_batch(
+        self, decoded: Iterator[_Decoded], plan: Plan, batch_size: int, original_maps: bool
+    ) -> _Submitted | None:
+        """The next ``batch_size`` images, or those that are left, each preprocessed as soon as it is there."""
         batch = self.preprocessing.empty_batch(batch_size)
         items: list[_Decoded] = []
         sizes: list[tuple[int, int]] = []
@@ -588,23 +673,75 @@ class Detector:
             # Images as they were decoded, which may be large, do not wait for their batch.
             items.append(replace(item, image=None))
             del item
+        if not items:
+            return None
+        if not sizes:
+            return _Submitted(items, None)
+        results = plan.run(batch[: len(sizes)], sizes, original_maps=original_maps)
+        return _Submitted(items, Pending(lambda: results))
+
+    def _run_overlapped(
+        self, decoded: _Ahead, plan: Plan, batch_size: int, threshold: float, original_maps: bool
+    ) -> Iterator[Prediction]:
+        """A batch is copied to the device while the one before is computed, unless its images are late."""
+        before: _Submitted | None = None
+        while True:
+            items: list[_Decoded] = []
+            while len(items) < batch_size:
+                if before is not None and not decoded.has_next():
+                    # A camera gets each prediction before it has to give its next image.
+                    yield from before.predictions(threshold)
+                    before = None
+                item = next(decoded, None)
+                if item is None:
+                    break
+                items.append(item)
+            following = _submitted(items, plan, self.preprocessing, original_maps) if items else None
+            if before is not None:
+                yield from before.predictions(threshold)
+            if following is None:
+                return
+            before = following
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    """Images that the networks have, without those; ``pending`` are the ones that could be read, if there are any."""
+
+    items: list[_Decoded]
+    pending: Pending | None
+
+    def predictions(self, threshold: float) -> list[Prediction]:
         results: Iterator[tuple[float, Tensor]] = iter(())
-        if sizes:
-            scores, sized = plan.run(batch[: len(sizes)], sizes, original_maps=original_maps)
-            results = zip(scores.tolist(), sized, strict=True)
+        if self.pending is not None:
+            scores, maps = self.pending.result()
+            results = zip(scores.tolist(), maps, strict=True)
         predictions = []
-        for item in items:
+        for item in self.items:
             if item.error is not None:
                 predictions.append(Prediction(item.source, math.nan, None, None, item.error))
+                continue
+            score, anomaly_map = next(results)
+            # Keeping one map must not keep its whole batch.
+            is_part = anomaly_map.untyped_storage().nbytes() > anomaly_map.nbytes
+            pixels = (anomaly_map.clone() if is_part else anomaly_map).float().numpy()
+            if math.isnan(score):
+                predictions.append(Prediction(item.source, score, None, pixels, f"{item.source}: {_NO_SCORE}"))
             else:
-                score, anomaly_map = next(results)
-                # A copy, so that keeping one map does not keep its whole batch.
-                pixels = anomaly_map.float().numpy().copy()
-                if math.isnan(score):
-                    predictions.append(Prediction(item.source, score, None, pixels, f"{item.source}: {_NO_SCORE}"))
-                else:
-                    predictions.append(Prediction(item.source, score, score > threshold, pixels))
+                predictions.append(Prediction(item.source, score, score > threshold, pixels))
         return predictions
+
+
+def _submitted(items: list[_Decoded], plan: Plan, preprocessing: Preprocessing, original_maps: bool) -> _Submitted:
+    images = [item.image for item in items if item.image is not None]
+    without = [replace(item, image=None) for item in items]
+    pending = plan.submit(images, preprocessing, original_maps=original_maps) if images else None
+    return _Submitted(without, pending)
+
+
+def is_emulated(dtype: torch.dtype, device: str | torch.device) -> bool:
+    """Whether a device has no arithmetic in ``dtype``, and other arithmetic makes the numbers it would give."""
+    return dtype == DTYPES["float8"] and torch.device(device).type == "cpu"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -726,10 +863,40 @@ class _Room:
             self._changed.notify_all()
 
 
+class _Ahead:
+    """Iterator over what threads decode, in order. Errors of their source are raised where they stand."""
+
+    def __init__(self, ready: queue.Queue[Future[_Decoded] | BaseException | None], room: _Room) -> None:
+        self._ready = ready
+        self._room = room
+        self._head: list[Future[_Decoded] | BaseException | None] = []  # one at most
+
+    def __iter__(self) -> _Ahead:
+        return self
+
+    def __next__(self) -> _Decoded:
+        item = self._head[0] if self._head else self._ready.get()
+        if not isinstance(item, Future):
+            # Nothing comes after it: asked again, it is the same again.
+            self._head = [item]
+            raise StopIteration if item is None else item
+        self._head.clear()
+        decoded = item.result()
+        self._room.take(decoded)
+        return decoded
+
+    def has_next(self) -> bool:
+        """Whether the next image is there already; neither an end nor an error is one."""
+        if not self._head:
+            with contextlib.suppress(queue.Empty):
+                self._head.append(self._ready.get_nowait())
+        return bool(self._head) and isinstance(self._head[0], Future) and self._head[0].done()
+
+
 @contextlib.contextmanager
 def _decoding_ahead(
     images: Iterable[ImageSource], preprocessing: Preprocessing, options: DecodeOptions, batch_size: int
-) -> Iterator[Iterator[_Decoded]]:
+) -> Iterator[_Ahead]:
     """Decode in threads, in order, ahead of who takes the results. Errors of the iterable itself are raised.
 
     One thread asks for the images, and others decode the files of a list or tuple. All else is decoded by the first
@@ -766,21 +933,11 @@ def _decoding_ahead(
             end = error
         put(end)
 
-    def take() -> _Decoded | None:
-        item = ready.get()
-        if item is None:
-            return None
-        if isinstance(item, BaseException):
-            raise item
-        decoded = item.result()
-        room.take(decoded)
-        return decoded
-
     thread = threading.Thread(target=draw, name=_THREAD, daemon=True)
     thread.start()
     try:
         # Not a generator: it would hold on to what was taken last.
-        yield iter(take, None)
+        yield _Ahead(ready, room)
     finally:
         stopped.set()
         room.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from efficientad_fast.data.folders import GOOD, Dataset, load_mask
-from efficientad_fast.detector import Preprocessing
+from efficientad_fast.detector import PRECISIONS, Preprocessing, dtype_name, is_emulated
 from efficientad_fast.errors import DatasetError, ImageError
 from efficientad_fast.files import atomic_path
 from efficientad_fast.metrics import au_pro, image_auroc, pixel_auroc
@@ -238,7 +238,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a data set's test images and measure the detector on them.
@@ -248,11 +248,12 @@ def evaluate(
     ranks): 150 MB for 600 images at 256 x 256, twice that for a few seconds at the end.
 
     Args:
-        detector: what to measure, at its own threshold.
+        detector: what to measure, at its threshold for ``dtype``.
         dataset: its ``test`` images are used, in their order.
         batch_size: images that go through the networks together.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        dtype: of the networks.
+        dtype: of the networks; ``None`` as in :meth:`Detector.dtype_on`. float8 is emulated on a CPU: its
+            figures are a GPU's but for the order of sums, its time is not.
         progress: called with (images done, images in all) after each image.
 
     Raises:
@@ -266,6 +267,9 @@ def evaluate(
             f"each kind (masks, if any, in {dataset.root / 'ground_truth' / 'KIND'}). To score images that have no "
             "labels, use `efficientad-fast predict`."
         )
+    computed = detector.dtype_on(device, dtype)
+    threshold = detector.precision(computed).threshold
+    name = dtype_name(computed)
     started = time.perf_counter()
     images = []
     stream = detector.stream(
@@ -299,11 +303,24 @@ def evaluate(
         images,
         dataset=dataset.name,
         root=dataset.root,
-        threshold=detector.threshold,
+        threshold=threshold,
         seconds=time.perf_counter() - started,
-        settings={"batch_size": batch_size, "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
+        settings={"batch_size": batch_size, "device": str(device), "dtype": name},
         preprocessing=detector.preprocessing,
+        notes=_precision_notes(detector, name, emulated=is_emulated(computed, device)),
     )
+
+
+def _precision_notes(detector: Detector, dtype: str, *, emulated: bool) -> list[str]:
+    notes = []
+    if emulated:
+        notes.append(f"{dtype} was emulated on a CPU: the time says nothing.")
+    if dtype in PRECISIONS and dtype not in detector.precisions:
+        notes.append(
+            f"The detector is not calibrated in {dtype}: its quantiles and threshold are those of float32 "
+            f"(`efficientad-fast calibrate MODEL GOOD_IMAGES --dtype {dtype}`)."
+        )
+    return notes
 
 
 def summarize(
@@ -315,19 +332,22 @@ def summarize(
     seconds: float,
     settings: dict[str, str | int],
     preprocessing: Preprocessing | None = None,
+    notes: Sequence[str] = (),
 ) -> Evaluation:
     """Compute every figure of an :class:`Evaluation` from the results of its images; see :func:`evaluate`."""
     results = tuple(images)
     scored = [image for image in results if image.error is None]
     good = [image for image in results if not image.anomalous]
     defects = sorted({image.defect for image in results if image.anomalous})
-    notes = []
+    own_notes = []
     failed = len(results) - len(scored)
     if failed:
-        notes.append(f"{failed} of {len(results)} images could not be scored and are left out of every figure.")
+        own_notes.append(f"{failed} of {len(results)} images could not be scored and are left out of every figure.")
     for anomalous, name in ((True, "anomalous"), (False, GOOD)):
         if not any(image.anomalous == anomalous for image in scored):
-            notes.append(f"There is no AUROC: it compares anomalous with good images, and no {name} one was scored.")
+            own_notes.append(
+                f"There is no AUROC: it compares anomalous with good images, and no {name} one was scored."
+            )
 
     groups = {}
     for group in GROUPS:
@@ -354,7 +374,7 @@ def summarize(
         ),
         seconds=seconds,
         settings=settings,
-        notes=(*notes, *pixel_notes),
+        notes=(*notes, *own_notes, *pixel_notes),
         preprocessing=preprocessing or Preprocessing(),
     )
 

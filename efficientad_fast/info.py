@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Mapping
 from pkgutil import iter_modules
 from typing import Any
 
@@ -71,6 +72,15 @@ def render(info: dict[str, Any]) -> str:
         lines.append(f"  {name:<16} {'works' if state['works'] else 'does not work here'}: {state['detail']}")
     lines += ["", f"Default teacher: {info['teacher']}"]
     return "\n".join(lines)
+
+
+def render_summary(summary: Mapping[str, object]) -> str:
+    """What `Detector.summary` tells, a line each."""
+    return "\n".join(f"{name:<18} {_one_line(value)}" for name, value in summary.items())
+
+
+def _one_line(value: object) -> str:
+    return ", ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 _TITLES = {"extension": "module _C", "cpu": "CPU library", "cuda": "CUDA library"}

@@ -11,14 +11,17 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_detector import small_detector
 
 from efficientad_fast import Detector, Prediction, Preprocessing
 from efficientad_fast.data import Dataset, TestImage, open_dataset
-from efficientad_fast.errors import DatasetError
+from efficientad_fast.detector import Precision, dtype_name
+from efficientad_fast.errors import DatasetError, InputError
 from efficientad_fast.evaluation import Evaluation, evaluate
 from efficientad_fast.metrics import au_pro, pixel_auroc
+from efficientad_fast.plan import parse_dtype
 
 SIZE = 8
 
@@ -30,8 +33,15 @@ class ScriptedDetector:
     scores: dict[str, float]
     maps: dict[str, np.ndarray] = field(default_factory=dict)
     threshold: float = 0.4
+    precisions: dict[str, Precision] = field(default_factory=dict)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     asked: dict[str, Any] = field(default_factory=dict)
+
+    def dtype_on(self, device: str, dtype: str | None) -> torch.dtype:
+        return parse_dtype(dtype or "float32")
+
+    def precision(self, dtype: torch.dtype) -> Precision:
+        return self.precisions.get(dtype_name(dtype), Precision(None, self.threshold))
 
     def stream(self, images: Iterable[Path], **settings: Any) -> Iterator[Prediction]:
         self.asked = settings
@@ -216,6 +226,21 @@ def test_settings_reach_the_detector_and_progress_is_told() -> None:
     assert detector.asked == {"batch_size": 4, "device": "cpu", "dtype": "float64", "map_size": "network"}
     assert result.settings == {"batch_size": 4, "device": "cpu", "dtype": "float64"}
     assert calls == [(done, 6) for done in range(1, 7)]
+
+
+def test_the_threshold_is_that_of_the_dtype_and_notes_say_where_there_is_none() -> None:
+    detector = ScriptedDetector(SCORES, precisions={"float16": Precision(None, 0.7)})
+    assert run(detector, images(DEFECTS)).threshold == 0.4
+    half = run(detector, images(DEFECTS), dtype="float16")
+    assert half.threshold == 0.7 and not any("calibrated" in note for note in half.notes)
+    brain = run(detector, images(DEFECTS), dtype=torch.bfloat16)
+    assert brain.threshold == 0.4 and brain.settings["dtype"] == "bfloat16"
+    assert any("not calibrated in bfloat16" in note and "--dtype bfloat16" in note for note in brain.notes)
+    assert not any("emulated" in note for note in brain.notes)
+    emulated = run(detector, images(DEFECTS), dtype="float8")
+    assert emulated.settings["dtype"] == "float8" and any("emulated on a CPU" in note for note in emulated.notes)
+    with pytest.raises(InputError, match="calibrated"):
+        evaluate(small_detector(), Dataset(Path("set"), "set", (), (), tuple(images(DEFECTS))), dtype="float8")
 
 
 def test_json_holds_everything_but_maps_and_is_strict(tmp_path: Path) -> None:

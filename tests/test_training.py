@@ -724,6 +724,7 @@ def test_calibration_holds_no_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
 
     class RandomMaps:
+        device = torch.device("cpu")
         scored_maps = detector.plan().scored_maps
 
         def raw_maps(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
