@@ -19,7 +19,17 @@ from efficientad_fast.ops import conv_pool as contract
 from efficientad_fast.ops import packing
 
 from . import implicit_gemm
-from .implicit_gemm import add_products, chosen_tile, facts, operand, require_products
+from .implicit_gemm import (
+    add_products,
+    chosen_tile,
+    facts,
+    no_products,
+    operand,
+    pixels_of_tile,
+    require_products,
+    tiles_of,
+    ways_to_load,
+)
 from .launching import launch, require_runnable, tiles
 from .models import Convolution, ModelSize, channels_last, convolutions
 
@@ -37,6 +47,31 @@ def narrowed(numbers, DTYPE: tl.constexpr):
     if tl.float8e4nv == DTYPE:
         numbers = tl.clamp(numbers, -LARGEST_E4M3, LARGEST_E4M3, propagate_nan=tl.PropagateNan.ALL)
     return numbers.to(DTYPE)
+
+
+@triton.jit
+def _made(
+    sums, scale_ptr, bias_ptr, output, is_output, y, x, height, width, RELU: tl.constexpr, POOL_PADDING: tl.constexpr
+):
+    """What the convolution makes of its products; zeros outside of it, for who averages them."""
+    if scale_ptr is not None:
+        sums *= tl.load(scale_ptr + output, mask=is_output, other=0.0)[None, :]
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + output, mask=is_output, other=0.0)[None, :]
+    if RELU:
+        sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if POOL_PADDING > 0:
+        made = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        sums = tl.where(made[:, None], sums, 0.0)
+    return sums
+
+
+@triton.jit
+def _write(out_ptr, numbers, output, is_output, y, x, height, width, CHANNELS: tl.constexpr):
+    """Into one image, ``(height, width, CHANNELS)``, what lies in it."""
+    places = (y.to(tl.int64) * width + x) * CHANNELS
+    written = ((y < height) & (x < width))[:, None] & is_output[None, :]
+    tl.store(out_ptr + places[:, None] + output[None, :], narrowed(numbers, out_ptr.dtype.element_ty), mask=written)
 
 
 @triton.jit(
@@ -90,15 +125,17 @@ def _conv_pool(
     row_tile = rest % row_tiles
     image = rest // row_tiles
 
-    # Of what the convolution makes, of which pooling may begin one pixel before the first.
+    # Of what the convolution makes, of which pooling may begin one pixel before the first. By line it does not pool.
     row = row_tile * ROWS - POOL_PADDING
-    column = column_tile * COLUMNS - POOL_PADDING
+    column = column_tile * (ROWS * COLUMNS if LOADS == 1 else COLUMNS) - POOL_PADDING
     first_output = group * GROUP_OUTPUTS + output_tile * OUTPUTS
     last_output = (group + 1) * GROUP_OUTPUTS
-    if LOADS != 0:
+    if LOADS > 1:
         images += group * CHANNELS
-    sums = add_products(
-        tl.zeros((ROWS * COLUMNS, OUTPUTS), tl.float32),
+    sums, sums_below = no_products(ROWS, COLUMNS, OUTPUTS, LOADS)
+    sums, sums_below = add_products(
+        sums,
+        sums_below,
         images,
         weights,
         image,
@@ -125,29 +162,30 @@ def _conv_pool(
 
     output = first_output + tl.arange(0, OUTPUTS)
     is_output = output < last_output
-    if scale_ptr is not None:
-        sums *= tl.load(scale_ptr + output, mask=is_output, other=0.0)[None, :]
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + output, mask=is_output, other=0.0)[None, :]
-    if RELU:
-        sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    y, x = pixels_of_tile(row, column, width, 0, ROWS, COLUMNS, LOADS)
+    sums = _made(sums, scale_ptr, bias_ptr, output, is_output, y, x, made_height, made_width, RELU, POOL_PADDING)
+    if LOADS == 0 and ROWS == 2:
+        y_below = y + 1
+        sums_below = _made(
+            sums_below, scale_ptr, bias_ptr, output, is_output, y_below, x, made_height, made_width, RELU, POOL_PADDING
+        )
+    out_ptr += image.to(tl.int64) * out_height * out_width * (GROUPS * GROUP_OUTPUTS)
     if POOL:
-        if POOL_PADDING > 0:
-            pixel = tl.arange(0, ROWS * COLUMNS)
-            y = row + pixel // COLUMNS
-            x = column + pixel % COLUMNS
-            made = (y >= 0) & (y < made_height) & (x >= 0) & (x < made_width)
-            sums = tl.where(made[:, None], sums, 0.0)
-        quads = sums.reshape(ROWS // 2, 2, COLUMNS // 2, 2, OUTPUTS)
-        sums = tl.sum(tl.sum(quads, 3), 1).reshape(ROWS * COLUMNS // 4, OUTPUTS) * 0.25
-    OUT_ROWS: tl.constexpr = ROWS // 2 if POOL else ROWS
-    OUT_COLUMNS: tl.constexpr = COLUMNS // 2 if POOL else COLUMNS
-    pixel = tl.arange(0, OUT_ROWS * OUT_COLUMNS)
-    y = row_tile * OUT_ROWS + pixel // OUT_COLUMNS
-    x = column_tile * OUT_COLUMNS + pixel % OUT_COLUMNS
-    places = ((image.to(tl.int64) * out_height + y) * out_width + x) * (GROUPS * GROUP_OUTPUTS)
-    written = ((y < out_height) & (x < out_width))[:, None] & is_output[None, :]
-    tl.store(out_ptr + places[:, None] + output[None, :], narrowed(sums, out_ptr.dtype.element_ty), mask=written)
+        # A quad's sums are in one thread or in neighbours, where a tile has two rows or eight columns.
+        if LOADS == 0:
+            pairs = (sums + sums_below).reshape(COLUMNS // 2, 2, OUTPUTS)
+            sums = tl.sum(pairs, 1) * 0.25
+            y, x = pixels_of_tile(row_tile, column_tile * (COLUMNS // 2), 1, 0, 1, COLUMNS // 2, 0)
+        else:
+            quads = sums.reshape(ROWS // 2, 2, COLUMNS // 2, 2, OUTPUTS)
+            sums = tl.sum(tl.sum(quads, 3), 1).reshape(ROWS * COLUMNS // 4, OUTPUTS) * 0.25
+            first_row = row_tile * (ROWS // 2)
+            y, x = pixels_of_tile(first_row, column_tile * (COLUMNS // 2), 1, 0, ROWS // 2, COLUMNS // 2, 2)
+        _write(out_ptr, sums, output, is_output, y, x, out_height, out_width, GROUPS * GROUP_OUTPUTS)
+    else:
+        _write(out_ptr, sums, output, is_output, y, x, out_height, out_width, GROUPS * GROUP_OUTPUTS)
+        if LOADS == 0 and ROWS == 2:
+            _write(out_ptr, sums_below, output, is_output, y_below, x, out_height, out_width, GROUPS * GROUP_OUTPUTS)
 
 
 def conv_pool_mixed(
@@ -172,10 +210,13 @@ def conv_pool_mixed(
     made_height, made_width = (side + 2 * padding - weight.shape[2] + 1 for side in input.shape[2:])
     stated = facts(input, weight, groups, made_height, made_width) | {"pool": pool}
     tile = chosen_tile("conv_pool", stated)
-    given = operand(input, weight, groups, tile, tile["outputs"])
+    input = packing.mixed(input)
+    loads = ways_to_load(input, groups, tile, line=padding == 0 and not pool)
+    given = operand(input, weight, groups, tile, loads)
     of_group = outputs // groups
-    rows, columns = (tile["rows"] // 2, tile["columns"] // 2) if pool else (tile["rows"], tile["columns"])
-    counts = (tiles(out_height, rows), tiles(out_width, columns), tiles(of_group, tile["outputs"]))
+    # Of what is pooled, an odd last row or column is left out.
+    covered = (2 * out_height, 2 * out_width) if pool else (out_height, out_width)
+    counts = (*tiles_of(loads, tile, *covered, input.shape[3]), tiles(of_group, tile["outputs"]))
     launch(
         _conv_pool,
         images * counts[0] * counts[1] * groups * counts[2],

@@ -18,9 +18,24 @@ import triton.language as tl
 from torch import Tensor
 
 from efficientad_fast.ops import feature_distance as contract
+from efficientad_fast.ops import packing
 
 from . import implicit_gemm
-from .implicit_gemm import Operand, add_products, chosen_tile, facts, operand, require_products
+from .implicit_gemm import (
+    BY_LINE,
+    BY_POINTERS,
+    BY_ROWS,
+    Operand,
+    add_products,
+    chosen_tile,
+    facts,
+    no_products,
+    operand,
+    pixels_of_tile,
+    require_products,
+    tiles_of,
+    ways_to_load,
+)
 from .launching import launch, require_runnable, tiles
 from .models import ModelSize, channels_last, last_channels
 
@@ -28,6 +43,40 @@ HEAVY = {"_feature_distance"}
 """Kernels that must run on tensor cores."""
 
 candidates = implicit_gemm.candidates
+
+
+@triton.jit
+def _squares(sums, scale_ptr, bias_ptr, output, OUTPUTS_IN_ALL: tl.constexpr):
+    """Of negative differences, added over a tile's outputs."""
+    is_output = output < OUTPUTS_IN_ALL
+    if scale_ptr is not None:
+        sums *= tl.load(scale_ptr + output, mask=is_output, other=0.0)[None, :]
+    if bias_ptr is not None:
+        sums -= tl.load(bias_ptr + output, mask=is_output, other=0.0)[None, :]
+    return tl.sum(tl.where(is_output[None, :], sums * sums, 0.0), 1)
+
+
+@triton.jit
+def _write(out_ptr, sums_ptr, squares, y, x, height, width, part, part_of, COUNT: tl.constexpr, PARTS: tl.constexpr):
+    """A tile's pixels of the map or, where there are several parts, of the part's sums."""
+    place = y.to(tl.int64) * width + x
+    taken = (y < height) & (x < width)
+    if PARTS == 1:
+        tl.store(out_ptr + place, squares / COUNT, mask=taken)
+    else:
+        # Past the first cache, which the multiprocessors do not share.
+        tl.store(sums_ptr + part * part_of + place, squares, mask=taken, cache_modifier=".cg")
+
+
+@triton.jit
+def _write_total(out_ptr, sums_ptr, y, x, height, width, part_of, COUNT: tl.constexpr, PARTS: tl.constexpr):
+    """A tile's pixels of the map, from all parts' sums."""
+    place = y.to(tl.int64) * width + x
+    taken = (y < height) & (x < width)
+    total = tl.load(sums_ptr + place, mask=taken, other=0.0, cache_modifier=".cg")
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(sums_ptr + part * part_of + place, mask=taken, other=0.0, cache_modifier=".cg")
+    tl.store(out_ptr + place, total / COUNT, mask=taken)
 
 
 @triton.jit(
@@ -88,10 +137,12 @@ def _feature_distance(
     row_tile = (tile // column_tiles) % row_tiles
     image = tile // (column_tiles * row_tiles)
     row = row_tile * ROWS
-    column = column_tile * COLUMNS
-
-    sums = add_products(
-        tl.zeros((ROWS * COLUMNS, OUTPUTS), tl.float32),
+    column = column_tile * (ROWS * COLUMNS if FIRST_LOADS == 1 else COLUMNS)
+    # Sums of two rows are apart only where both are loaded by rows.
+    sums, sums_below = no_products(ROWS, COLUMNS, OUTPUTS, FIRST_LOADS)
+    sums, sums_below = add_products(
+        sums,
+        sums_below,
         first,
         first_weights,
         image,
@@ -115,10 +166,12 @@ def _feature_distance(
         FIRST_PACKED,
         PRECISE,
     )
+    # The difference turned round, whose square is the same.
+    sums, sums_below = -sums, -sums_below
     if second is not None:
-        # The difference turned round, whose square is the same.
-        sums = add_products(
-            -sums,
+        sums, sums_below = add_products(
+            sums,
+            sums_below,
             second,
             second_weights,
             image,
@@ -142,34 +195,26 @@ def _feature_distance(
             SECOND_PACKED,
             PRECISE,
         )
-    else:
-        sums = -sums
     output = part * OUTPUTS + tl.arange(0, OUTPUTS)
-    is_output = output < OUTPUTS_IN_ALL
-    if scale_ptr is not None:
-        sums *= tl.load(scale_ptr + output, mask=is_output, other=0.0)[None, :]
-    if bias_ptr is not None:
-        sums -= tl.load(bias_ptr + output, mask=is_output, other=0.0)[None, :]
-    squares = tl.sum(tl.where(is_output[None, :], sums * sums, 0.0), 1)
-
-    pixel = tl.arange(0, ROWS * COLUMNS)
-    y = row + pixel // COLUMNS
-    x = column + pixel % COLUMNS
-    place = (image.to(tl.int64) * out_height + y) * out_width + x
-    taken = (y < out_height) & (x < out_width)
-    if PARTS == 1:
-        tl.store(out_ptr + place, squares / OUTPUTS_IN_ALL, mask=taken)
-    else:
-        part_of = tl.full((), pixels, tl.int64)
-        tl.store(sums_ptr + part * part_of + place, squares, mask=taken, cache_modifier=".cg")
-        # All threads have written before one of them says so; whoever hears it from the others reads what they wrote.
+    squares = _squares(sums, scale_ptr, bias_ptr, output, OUTPUTS_IN_ALL)
+    out_ptr += image.to(tl.int64) * out_height * out_width
+    sums_ptr += image.to(tl.int64) * out_height * out_width
+    y, x = pixels_of_tile(row, column, first_width, 0, ROWS, COLUMNS, FIRST_LOADS)
+    # By 64 bits, for all parts' sums may be more than 32 can count.
+    part_of = tl.full((), pixels, tl.int64)
+    _write(out_ptr, sums_ptr, squares, y, x, out_height, out_width, part, part_of, OUTPUTS_IN_ALL, PARTS)
+    TWO: tl.constexpr = FIRST_LOADS == 0 and ROWS == 2
+    if TWO:
+        squares = _squares(sums_below, scale_ptr, bias_ptr, output, OUTPUTS_IN_ALL)
+        _write(out_ptr, sums_ptr, squares, y + 1, x, out_height, out_width, part, part_of, OUTPUTS_IN_ALL, PARTS)
+    if PARTS > 1:
+        # All threads have written before one of them says so; who hears it from the others reads what they wrote.
         tl.debug_barrier()
         done = tl.atomic_add(counts_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if done == PARTS - 1:
-            total = tl.zeros((ROWS * COLUMNS,), tl.float32)
-            for other in tl.static_range(PARTS):
-                total += tl.load(sums_ptr + other * part_of + place, mask=taken, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptr + place, total / OUTPUTS_IN_ALL, mask=taken)
+            _write_total(out_ptr, sums_ptr, y, x, out_height, out_width, part_of, OUTPUTS_IN_ALL, PARTS)
+            if TWO:
+                _write_total(out_ptr, sums_ptr, y + 1, x, out_height, out_width, part_of, OUTPUTS_IN_ALL, PARTS)
             tl.store(counts_ptr + tile, 0)
 
 
@@ -197,12 +242,23 @@ def feature_distance_mixed(
     if weight_second is not None:
         stated |= {"channels": weight_second.shape[1], "kernel": weight_second.shape[2]}
     tile = chosen_tile("feature_distance", stated)
-    one = operand(first, weight_first, 1, tile, tile["outputs"])
+    first = packing.mixed(first)
+    paddings, pair = (padding_first, padding_second), [first]
+    if second is not None:
+        second = packing.mixed(second)
+        pair.append(second)
+    line = paddings == (0, 0) and len({images_of.shape[3] for images_of in pair}) == 1
+    ways = [ways_to_load(images_of, 1, tile, line=line) for images_of in pair]
+    if BY_LINE in ways and len(set(ways)) > 1:
+        ways = [ways_to_load(images_of, 1, tile, line=False) for images_of in pair]
+    if BY_ROWS in ways and len(set(ways)) > 1 and tile["rows"] > 1:
+        ways = [BY_POINTERS if way == BY_ROWS else way for way in ways]
+    one = operand(first, weight_first, 1, tile, ways[0])
     other = Operand(None, None, (0, 0, 0), one.constants)
     if second is not None and weight_second is not None:
-        other = operand(second, weight_second, 1, tile, tile["outputs"])
+        other = operand(second, weight_second, 1, tile, ways[1])
     parts = tiles(outputs, tile["outputs"])
-    counts = (tiles(height, tile["rows"]), tiles(width, tile["columns"]))
+    counts = tiles_of(ways[0], tile, height, width, first.shape[3])
     tiled = images * counts[0] * counts[1]
     known = {
         f"{name}_{constant}": value
