@@ -3,8 +3,10 @@
 # make lint    ruff and mypy
 # make bench   time predictions
 # make kernel-report  compile every GPU kernel and print registers, spills, shared memory; needs no GPU
-# make gpu-check  every operator's tests and benchmarks on this machine's GPU, without a network; WHEEL=FILE takes
-#              libraries built elsewhere. Without a GPU it runs what can be run
+# make gpu-check  every operator's tests and benchmarks on this machine's GPU, and whole predictions, step by step, without
+#              a network; WHEEL=FILE takes libraries built elsewhere. Without a GPU it runs what can be run
+# make gpu-peers  predictions on this machine's GPU beside PyTorch and torch.compile, which takes minutes to compile;
+#              goes on where it was stopped
 # make sanitize  build the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer (GCC) beside the normal one,
 #              and run the operators' tests with it
 # make clean   remove what was built (the environment stays, and is completed by the next make)
@@ -39,7 +41,7 @@ SETTINGS := $(VENV)/.settings
 BUILD_INPUTS := setup.py build_backend.py pyproject.toml efficientad_fast/ops/schemas.inc \
                 $(shell find csrc -type f)
 
-.PHONY: help demo test lint bench kernel-report gpu-check sanitize clean FORCE
+.PHONY: help demo test lint bench kernel-report gpu-check gpu-peers sanitize clean FORCE
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -62,13 +64,17 @@ kernel-report: $(TESTS)
 	$(BIN)/python -m benchmarks.kernel_report --check
 
 # A machine with a GPU may have PyTorch and the test tools in its own Python, and nowhere to get them from.
-gpu-check:
-	@if [ ! -e $(TESTS) ] && $(PYTHON) -c 'import torch, pytest, pytest_benchmark, hypothesis' 2> /dev/null; then \
+FIND_PYTHON = if [ ! -e $(TESTS) ] && $(PYTHON) -c 'import torch, pytest, pytest_benchmark, hypothesis' 2> /dev/null; then \
 	  python=$(PYTHON); \
 	else \
 	  $(MAKE) $(TESTS); python=$(BIN)/python; \
-	fi; \
-	set -x; $$python -m benchmarks.gpu_check $(if $(WHEEL),--wheel $(WHEEL))
+	fi
+
+gpu-check:
+	@$(FIND_PYTHON); set -x; $$python -m benchmarks.gpu_check $(if $(WHEEL),--wheel $(WHEEL))
+
+gpu-peers:
+	@$(FIND_PYTHON); set -x; $$python -m benchmarks.gpu_peers
 
 # What is preloaded must come before all that allocates or throws. Leaks are not looked for: Python and PyTorch keep
 # memory until the end by design. pytest must not hold back what a process says that ends here.

@@ -1,14 +1,20 @@
-"""Every operator's tests and benchmarks on the GPU of this machine, in one command that needs no network.
+"""Tests and benchmarks of operators and predictions on this machine's GPU, in one command that needs no network.
 
 ``make gpu-check``, or ``python -m benchmarks.gpu_check`` where PyTorch, Triton and the test tools are installed. It
 
 1. builds the CUDA library for this GPU alone, or takes the libraries of a wheel built elsewhere (``--wheel FILE``);
 2. runs every operator's tests on the device: each implementation against the float64 reference, opcheck, CUDA graphs;
-3. runs every operator's benchmarks on the device;
-4. prints a short table last and writes everything, with GPU, driver, versions and date, to ``benchmarks/results/``.
+3. predicts with EfficientAD-S and -M in float16, bfloat16 and float8: maps against float64, then latency at batch 1 and
+   throughput of larger batches, from uint8 images on the GPU to map and score there, and from the host to the host;
+4. times every step of these plans by itself, beside its floor at this GPU's own rates (see `benchmarks.roofline`);
+5. runs every operator's benchmarks on the device;
+6. prints short tables last and writes everything, with GPU, driver, versions and date, to ``benchmarks/results/``.
+
+All of it takes less than 9 minutes: a section whose time is up is stopped, and said to be.
 
 Without a GPU it says so and runs what can be run: the same tests on the CPU, in Triton's interpreter and in the CUDA
-emulator, and the benchmarks on the CPU. It exits with 0 only if everything that ran has passed.
+emulator, predictions by the plans' references on the CPU, which are checked and not timed, and the benchmarks on the
+CPU. It exits with 0 only if everything that ran has passed.
 
 An operator joins by being in the catalogue, with its cases in ``tests/cases`` and its benchmark in ``benchmarks``.
 """
@@ -21,9 +27,11 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections import Counter
@@ -40,7 +48,12 @@ PACKAGE = ROOT / "efficientad_fast"
 RESULTS = ROOT / "benchmarks" / "results"
 
 NO_GPU = """There is no GPU that PyTorch can use. What can be run without one is run: the tests on the CPU, in Triton's
-interpreter and in the CUDA emulator, and the benchmarks on the CPU. No figure below is of a GPU."""
+interpreter and in the CUDA emulator, predictions by references on the CPU, and the benchmarks on the CPU. No figure
+below is of a GPU."""
+
+TESTS_SECONDS, PREDICTIONS_SECONDS, ALL_SECONDS = 210.0, 200.0, 520.0
+"""After which tests and predictions are stopped, and everything; the benchmarks have what is left. On a GPU alone."""
+
 
 # With a GPU the emulator and the interpreter have nothing to add.
 ON_GPU = (["tests/test_operators.py"], ["-m", "gpu"])
@@ -104,17 +117,41 @@ def is_installed() -> bool:
     return bool(found) and Path(found).resolve().parents[1] == ROOT and (PACKAGE / "build_info.json").is_file()
 
 
-def run(command: Sequence[str], **settings: str) -> int:
+NO_LIMIT = 24 * 3600.0
+
+STOPPED = -1
+"""In place of an exit code, of what was stopped because its time was up."""
+
+
+def run(command: Sequence[str], *, limit: float | None = None, **settings: str) -> int:
+    """Its exit code. After ``limit`` seconds it is interrupted as by Ctrl-C: pytest then still writes its report."""
     print("+", " ".join(command), flush=True)
-    return subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=False).returncode
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {limit:.0f} s: its time was up", flush=True)
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return STOPPED
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
-def run_tests(selection: tuple[list[str], list[str]], folder: Path) -> tuple[int, list[dict[str, Any]], list[str]]:
+def run_tests(
+    selection: tuple[list[str], list[str]], folder: Path, limit: float | None = None
+) -> tuple[int, list[dict[str, Any]], list[str]]:
     """Exit code of pytest, counts by operator and implementation, and the failed tests with their reasons."""
     report = folder / "tests.xml"
     files, options = selection
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--show-capture=no", f"--junitxml={report}"]
-    code = run([*command, *options, *files])
+    code = run([*command, *options, *files], limit=limit)
     if not report.is_file():
         return code or 1, [], ["pytest wrote no report"]
     counts: dict[tuple[str, str, str], Counter[str]] = {}
@@ -138,7 +175,20 @@ def run_tests(selection: tuple[list[str], list[str]], folder: Path) -> tuple[int
     return code, rows, failures
 
 
-def run_benchmarks(names: Sequence[str], gpu: bool, folder: Path) -> tuple[int, list[dict[str, Any]]]:
+def run_predictions(folder: Path, limit: float) -> tuple[int, dict[str, Any]]:
+    """Exit code of `benchmarks.gpu.predictions`, in a process that imports what was just installed; what it found."""
+    report = folder / "predictions.json"
+    # The rows end by themselves; what comes before them, and after, takes longer on slow processors.
+    code = run([sys.executable, "-m", "benchmarks.gpu.predictions", str(report), str(limit)], limit=limit + 60)
+    if not report.is_file():
+        return code or 1, {"rows": [], "rates": {}}
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return code, found
+
+
+def run_benchmarks(
+    names: Sequence[str], gpu: bool, folder: Path, limit: float | None = None
+) -> tuple[int, list[dict[str, Any]]]:
     """Exit code of pytest and one row per benchmark."""
     report = folder / "benchmarks.json"
     files = [
@@ -147,7 +197,7 @@ def run_benchmarks(names: Sequence[str], gpu: bool, folder: Path) -> tuple[int, 
     options = ["-k", "gpu" if gpu else "cpu", "--benchmark-only", f"--benchmark-json={report}", "--benchmark-quiet"]
     if not files:
         return 1, []
-    code = run([sys.executable, "-m", "pytest", "-q", "--tb=short", *options, *files])
+    code = run([sys.executable, "-m", "pytest", "-q", "--tb=short", *options, *files], limit=limit)
     if not report.is_file() or report.stat().st_size == 0:
         return code or 1, []
     rows = []
@@ -161,7 +211,12 @@ def run_benchmarks(names: Sequence[str], gpu: bool, folder: Path) -> tuple[int, 
     return code, rows
 
 
-def show(facts: dict[str, Any], tests: list[dict[str, Any]], benchmarks: list[dict[str, Any]]) -> None:
+def show(
+    facts: dict[str, Any],
+    tests: list[dict[str, Any]],
+    benchmarks: list[dict[str, Any]],
+    predictions: list[dict[str, Any]],
+) -> None:
     console = Console(highlight=False, width=110)
     table = Table("operator", "where", "implementation", "passed", "failed", "skipped", title="tests")
     for row in tests:
@@ -177,8 +232,62 @@ def show(facts: dict[str, Any], tests: list[dict[str, Any]], benchmarks: list[di
             *(f"{row[figure]:.0f}" for figure in ("gigabytes_per_second", "copy_gigabytes_per_second")),
         )
     console.print(table)
+    console.print(prediction_table(predictions))
+    for steps in step_tables(predictions):
+        console.print(steps)
     where = f"{facts['gpu']}, driver {facts['driver']}" if facts["gpu"] else f"no GPU; {facts['cpu']}"
     console.print(f"{where}; PyTorch {facts['torch']}, Triton {facts['triton']}, {facts['date']}")
+
+
+def prediction_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Latency at batch 1, and the best throughput, on the GPU and from host to host."""
+    table = Table(title="predictions: uint8 images to anomaly map and score, 256 x 256", title_justify="left")
+    for head in ("model", "dtype"):
+        table.add_column(head)
+    for head in ("ms at batch 1", "p99", "images/s", "at batch", "host: ms", "p99", "images/s", "at", "off by"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        names = [row["model_size"].upper(), row["dtype"]]
+        if "reason" in row:
+            table.add_row(*names, "FAILED")
+            continue
+        timed = {batch: found for batch, found in row["by_batch"].items() if "device" in found}
+        off = f"{max(row['errors']['map_st'], row['errors']['map_ae']):.1e}"
+        cells = [""] * 8
+        if timed:
+            one = timed.get("1")
+            cells = []
+            for region, rate in (("device", "images_per_second"), ("host", "images_per_second_host")):
+                best = max(timed, key=lambda batch, rate=rate: float(timed[batch][rate]))
+                shown = (
+                    ["", ""] if one is None else [f"{1e3 * one[region][figure]:.3f}" for figure in ("median", "p99")]
+                )
+                cells += [*shown, f"{timed[best][rate]:.0f}", best]
+        table.add_row(*names, *cells, off)
+    return table
+
+
+def step_tables(rows: Sequence[dict[str, Any]], dtype: str = "float16") -> list[Table]:
+    """Of one dtype; what is lost most comes first."""
+    tables = []
+    for row in rows:
+        for batch, found in row.get("by_batch", {}).items():
+            if row["dtype"] != dtype or "steps" not in found:
+                continue
+            model = f"{row['model_size'].upper()}, {dtype}, batch {batch}"
+            title = f"{model}: steps, each by itself, farthest from its floor first"
+            table = Table(title=title, title_justify="left")
+            table.add_column("step")
+            for head in ("us", "floor", "with tiles", "x floor", "launches"):
+                table.add_column(head, justify="right")
+            for step in found["steps"]:
+                figures = [f"{1e6 * step['seconds']:.1f}"]
+                if "floor" in step:
+                    figures += [f"{1e6 * step[name]:.1f}" for name in ("floor", "floor_with_tiles")]
+                    figures += [f"{step['seconds'] / step['floor']:.1f}", str(step["launches"])]
+                table.add_row(step["layer"], *figures)
+            tables.append(table)
+    return tables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,9 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--wheel", type=Path, help="take the compiled libraries of this wheel, and build none")
     parser.add_argument("--json", type=Path, help="where the results go (with a GPU: benchmarks/results/ by default)")
-    parser.add_argument("--no-benchmarks", action="store_true", help="tests alone")
+    parser.add_argument("--no-benchmarks", action="store_true", help="tests and predictions alone")
     chosen = parser.parse_args(arguments)
 
+    began = time.monotonic()
     facts = machine()
     gpu = facts["gpu"] is not None
     if not gpu:
@@ -204,15 +314,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tested, tests, failures = run_tests(ON_GPU if gpu else WITHOUT_GPU, folder)
+        selection = ON_GPU if gpu else WITHOUT_GPU
+        tested, tests, failures = run_tests(selection, folder, TESTS_SECONDS if gpu else None)
         operators = list(dict.fromkeys(row["operator"] for row in tests if row["device"]))
-        timed, benchmarks = (0, []) if chosen.no_benchmarks else run_benchmarks(operators, gpu, folder)
+        predicted, found = run_predictions(folder, PREDICTIONS_SECONDS if gpu else NO_LIMIT)
+        predictions = found["rows"]
+        timed, benchmarks = 0, []
+        left = max(ALL_SECONDS - (time.monotonic() - began), 1.0) if gpu else None
+        if not chosen.no_benchmarks:
+            timed, benchmarks = run_benchmarks(operators, gpu, folder, left)
+    codes = {"the tests": tested, "the predictions": predicted, "the benchmarks": timed}
+    stopped = [what for what, code in codes.items() if code == STOPPED]
+    # Benchmarks that there was no time for are missed, and nothing is wrong; tests must have run.
+    timed = 0 if timed == STOPPED else timed
+    failures += [f"{row['model_size']}, {row['dtype']}: {row['reason']}" for row in predictions if "reason" in row]
     # Every implementation must have run: a library without CUDA code would only be skipped.
     wanted = {"public", "cuda", "triton", "reference"} if gpu else {"public", "reference"}
     ran = {row["implementation"] for row in tests if row.get("passed")}
     failures += [f"no test of the implementation {name} has run" for name in sorted(wanted - ran)]
-    passed = tested == 0 and timed == 0 and not failures
-    show(facts, tests, benchmarks)
+    passed = tested == 0 and predicted == 0 and timed == 0 and not failures
+    show(facts, tests, benchmarks, predictions)
+    for what in stopped:
+        print(f"stopped: {what}, when their time was up")
     for failure in failures:
         print(f"failed: {failure}")
 
@@ -221,8 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stamp = facts["date"].replace(":", "").replace("-", "")[:13]
         target = RESULTS / f"gpu_check-{re.sub(r'[^A-Za-z0-9]+', '-', facts['gpu'])}-{stamp}.json"
     if target is not None:
-        results = {"format": "efficientad_fast gpu_check 1", "passed": passed, "machine": facts}
-        results |= {"tests": tests, "failures": failures, "benchmarks": benchmarks}
+        results = {"format": "efficientad_fast gpu_check 2", "passed": passed, "machine": facts}
+        results |= {"tests": tests, "failures": failures, "stopped": stopped, "benchmarks": benchmarks}
+        results |= {"predictions": predictions, "rates": found["rates"]}
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".partial")
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
