@@ -35,6 +35,9 @@ from efficientad_fast.reference.networks import (
     feature_size,
 )
 
+# float8 takes calibration, which detectors have and plain modules have not.
+_DTYPES = {name: dtype for name, dtype in DTYPES.items() if name != "float8"}
+
 Network = TypeVar("Network", bound=nn.Module)
 
 CAPACITY = 8
@@ -320,9 +323,9 @@ def _require_one_placement(networks: _Networks) -> None:
     if len(placements) != 1:
         raise _UnrecognisedError("their parameters have several dtypes or devices. Bring them to one with .to().")
     device, dtype = placements.pop()
-    if device.type not in ("cpu", "cuda") or dtype not in DTYPES.values():
+    if device.type not in ("cpu", "cuda") or dtype not in _DTYPES.values():
         raise _UnrecognisedError(
-            f"they are {dtype} on {device}. Bring them to the CPU or a CUDA GPU, in one of {', '.join(DTYPES)}."
+            f"they are {dtype} on {device}. Bring them to the CPU or a CUDA GPU, in one of {', '.join(_DTYPES)}."
         )
 
 

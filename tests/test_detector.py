@@ -21,15 +21,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from torch import Tensor
 
 from efficientad_fast import Detector, Prediction, Preprocessing
 from efficientad_fast import detector as detector_module
 from efficientad_fast.detector import Precision
 from efficientad_fast.errors import BackendError, DatasetError, DetectorFileError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
-from efficientad_fast.reference.maps import Quantiles, image_score, resize_map
+from efficientad_fast.plan import Pending, Plan, PlanInput
+from efficientad_fast.reference.maps import Quantiles, image_score, resize_map, resized_raw_map
 from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
 from efficientad_fast.reference.preprocess import Resize
+from efficientad_fast.training.calibrate import threshold_from_scores
 from tests.small_detector import small_detector
 
 
@@ -772,3 +775,169 @@ def test_a_dtype_of_its_own_quantiles_and_threshold_uses_them(folder: Path) -> N
     rescaled = calibrated.replaced(precisions={"bfloat16": other})
     assert _one(rescaled.predict(path, dtype="bfloat16")).score != plain
     assert _one(rescaled.predict(path)).score == _one(detector.predict(path)).score
+
+
+def test_calibrating_in_another_precision_estimates_what_predicting_in_it_uses(folder: Path) -> None:
+    detector = small_detector()
+    images = sorted(folder.iterdir())
+    told: list[tuple[str, int, int]] = []
+    calibrated = detector.calibrated(folder, "bfloat16", batch_size=2, progress=lambda *one: told.append(one))
+    assert told == [("calibration", 2, 3), ("calibration", 3, 3)]
+    assert detector.precisions == {} and calibrated.quantiles == detector.quantiles
+    found = calibrated.precisions["bfloat16"]
+    assert found.provenance["images"] == 3 and found.activations is None
+    plan = detector.plan(dtype="bfloat16")
+    raw = [plan.raw_maps(detector.preprocessing(detector.preprocessing.decode(path))[None]) for path in images]
+    pixels = [torch.cat([resized_raw_map(pair[which], (256, 256), pad_maps=True) for pair in raw]) for which in (0, 1)]
+    expected = [np.quantile(one.double().numpy(), fraction) for one in pixels for fraction in (0.9, 0.995)]
+    assert found.quantiles is not None
+    assert dataclasses.astuple(found.quantiles) == pytest.approx(expected, rel=1e-4)
+    predictions = _several(calibrated.predict(images, dtype="bfloat16"))
+    assert found.threshold == pytest.approx(threshold_from_scores([one.score for one in predictions]), rel=1e-4)
+    assert not any(one.label for one in predictions)
+
+
+def test_float8_is_predicted_once_calibrated(folder: Path, tmp_path: Path) -> None:
+    image = folder / "1.png"
+    with pytest.raises(InputError, match=r"detector\.calibrated\(.*efficientad-fast calibrate"):
+        small_detector().predict(image, dtype="float8")
+    told: list[tuple[str, int, int]] = []
+    calibrated = small_detector().calibrated([image], "float8", progress=lambda *one: told.append(one))
+    assert told == [("activations", 1, 1), ("calibration", 1, 1)]
+    loaded = Detector.load(calibrated.save(tmp_path / "m.safetensors"))
+    prediction = _one(loaded.predict(image, dtype=torch.float8_e4m3fn))
+    # The one image's score is the threshold, and the maps were those of the calibration.
+    assert prediction.score == loaded.precisions["float8"].threshold and prediction.label is False
+
+
+def test_a_detector_without_quantiles_stays_so_in_every_precision(folder: Path) -> None:
+    calibrated = small_detector().replaced(quantiles=None).calibrated(folder / "0.png", "bfloat16")
+    found = calibrated.precisions["bfloat16"]
+    score = _one(calibrated.predict(folder / "0.png", dtype="bfloat16")).score
+    assert found.quantiles is None and found.threshold == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("images", "dtype", "message"),
+    [
+        ([], "float16", "at least one"),
+        (iter([]), "float16", "list, not an iterator"),
+        ([np.zeros((8, 8, 3), np.uint8)], "float32", "float16, bfloat16, float8, got float32"),
+        ([np.zeros((8, 8, 3), np.uint8)], "int8", "dtype"),
+        (["absent.png"], "bfloat16", "absent"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_told(detector: Detector, images: object, dtype: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        detector.calibrated(images, dtype)  # type: ignore[arg-type]
+
+
+def test_without_a_dtype_the_device_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def default(device: torch.device, source: PlanInput) -> torch.dtype:
+        asked.append(device)
+        return torch.float64
+
+    detector = small_detector()
+    assert detector.dtype_on("cpu") == torch.float32 and detector.plan().dtype == torch.float32
+    monkeypatch.setattr(detector_module, "default_dtype", default)
+    other = small_detector()
+    assert [other.dtype_on("cpu"), other.plan().dtype, other.dtype_on("cpu", "float16")] == [
+        torch.float64,
+        torch.float64,
+        torch.float16,
+    ]
+    assert asked == [torch.device("cpu")]
+
+
+# Batches that overlap, on a GPU
+
+
+class GpuPlan:
+    """Says that it is on a GPU, and writes down what is asked of it."""
+
+    device, dtype = torch.device("cuda", 0), torch.float16
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.log: list[str] = []
+
+    def submit(self, images: list[Tensor], preprocessing: Preprocessing, *, original_maps: bool = False) -> Pending:
+        number = sum(one.startswith("submit") for one in self.log)
+        self.log.append(f"submit {number}")
+        made = self.plan.submit(images, preprocessing, original_maps=original_maps)
+
+        def finish() -> tuple[Tensor, list[Tensor]]:
+            self.log.append(f"result {number}")
+            return made.result()
+
+        return Pending(finish)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, detector: Detector) -> GpuPlan:
+    plan = GpuPlan(detector.plan())
+    monkeypatch.setattr(Detector, "plan", lambda *_: plan)
+    return plan
+
+
+def test_a_batch_is_submitted_before_the_result_of_the_one_before_is_taken(
+    detector: Detector, folder: Path, gpu: GpuPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [folder / "0.png", folder / "absent.png", folder / "1.png", folder / "2.png", folder / "0.png"]
+    paths += [folder / "absent.png"] * 2
+    monkeypatch.setattr(detector_module._Ahead, "has_next", lambda self: True)
+    predictions = _several(detector.predict(paths, batch_size=2, map_size="original"))
+    assert gpu.log == ["submit 0", "submit 1", "result 0", "submit 2", "result 1", "result 2"]
+    assert [one.source for one in predictions] == [str(path) for path in paths]
+    assert [one.error is not None for one in predictions] == [path.name == "absent.png" for path in paths]
+    for path, one in zip(paths, predictions, strict=True):
+        if one.error is None:
+            expected = gpu.plan.submit(
+                [detector.preprocessing.decode(path)], detector.preprocessing, original_maps=True
+            )
+            scores, maps = expected.result()
+            assert one.score == pytest.approx(float(scores[0]), rel=1e-5)
+            assert one.anomaly_map is not None
+            np.testing.assert_allclose(one.anomaly_map, maps[0].numpy(), rtol=1e-4, atol=1e-5)
+            assert one.anomaly_map.base is None or one.anomaly_map.base.nbytes == one.anomaly_map.nbytes
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_image_alone_and_a_stream_on_a_gpu(detector: Detector, folder: Path) -> None:
+    alone = [_one(detector.predict(folder / f"{index}.png")).score for index in range(3)]
+    for images in (folder, iter(sorted(folder.iterdir()))):
+        scores = [one.score for one in detector.predict(images, batch_size=2)]  # type: ignore[union-attr]
+        assert scores == pytest.approx(alone, rel=1e-5)
+    with pytest.raises(ImageError, match="absent"):
+        detector.predict(folder / "absent.png")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_too_a_slow_source_gets_each_prediction_before_its_next_image(detector: Detector) -> None:
+    test_a_slow_source_gets_each_prediction_before_its_next_image(detector)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_too_an_error_of_the_iterator_itself_comes_behind_what_was_predicted(detector: Detector) -> None:
+    test_an_error_of_the_iterator_itself_reaches_the_caller(detector)
+
+
+def test_what_was_decoded_ahead_can_be_asked_for() -> None:
+    given = threading.Event()
+
+    def source() -> Iterator[np.ndarray]:
+        yield np.zeros((8, 8, 3), np.uint8)
+        assert given.wait(20)
+
+    with detector_module._decoding_ahead(source(), Preprocessing(), detector_module.DecodeOptions(), 1) as decoded:
+        deadline = time.monotonic() + 20
+        while not decoded.has_next():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert next(decoded).source == "image 0"
+        assert not decoded.has_next()
+        given.set()
+        # Asked again after its end, it has ended.
+        assert list(decoded) == list(decoded) == [] and not decoded.has_next()
