@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.gpu import contest
 from benchmarks.gpu.contest import Entrants, Row, Task, compete
-from benchmarks.gpu_check import RESULTS, machine
+from benchmarks.gpu_check import RESULTS, install, is_installed, machine
 from efficientad_fast.files import atomic_path
 
 OURS, RIVALS = "efficientad_fast", ("eager", "compile")
@@ -100,6 +100,8 @@ def main(arguments: Sequence[str] | None = None, *, run: Callable[[Task, float],
         print(NO_GPU)
         return 2
     facts = machine()
+    if not is_installed():
+        install(EFFICIENTAD_FAST_BUILD="cuda", EFFICIENTAD_FAST_CUDA_ARCHS=facts["compute_capability"])
     target = chosen.json or RESULTS / f"gpu_peers-{re.sub(r'[^A-Za-z0-9]+', '-', facts['gpu'])}.json"
     kept = target.with_suffix(".partial.json")
     if chosen.restart:

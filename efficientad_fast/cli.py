@@ -547,6 +547,64 @@ def distill(
 
 
 @app.command()
+def tune(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A detector, in place of --model-size and --size."),
+    ] = None,
+    model_size: Annotated[str, typer.Option(help="'s' or 'm', with random weights.")] = "s",
+    size: Annotated[str, typer.Option(help="Network size: N or HEIGHTxWIDTH, each side at least 256.")] = "256",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated (default: 1, 32).")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="'float16', 'bfloat16' or 'float8'; may be repeated (default: float16).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="'cuda' or 'cuda:N'.")] = "cuda",
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Time every tile, not those alone that may be faster by the last ones.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Tune what was tuned before, too.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="At most, of each kernel in each shape.")] = 300.0,
+) -> None:
+    """Find the fastest tiles of the kernels for this GPU; predictions take them from then on.
+
+    They are kept in a file of the user's, and hold for just the sizes that were timed: give the batch sizes and the
+    detector that predictions will have. Ctrl-C keeps what was found; the same command goes on there.
+    """
+    import torch
+
+    from efficientad_fast import tuning
+    from efficientad_fast.detector import Detector
+    from efficientad_fast.plan import parse_dtype
+    from efficientad_fast.reference.preprocess import check_network_size
+
+    with _told_plainly():
+        chosen = tuning.parse_gpu(device)
+        if model is None:
+            source = tuning.random_source(_model_size(model_size), check_network_size(_network_size(size)))
+        else:
+            detector = Detector.load(model)
+            source = detector.plan_input(detector.size)
+        dtypes = [parse_dtype(one) for one in dict.fromkeys(dtype or ["float16"])]
+        plans = tuning.plans_of(source, list(dict.fromkeys(batch or [1, 32])), dtypes, chosen)
+        path = tuning.table_path()
+        try:
+            with torch.cuda.device(chosen):
+                tuning.tune(
+                    plans,
+                    device_name=torch.cuda.get_device_name(chosen),
+                    thorough=thorough,
+                    again=again,
+                    seconds=seconds,
+                    tell=lambda line: console.print(escape(line), soft_wrap=True),
+                )
+        except KeyboardInterrupt:
+            kept = escape(str(path))
+            errors.print(f"stopped; what was found is in {kept}. Give the same command to go on.", soft_wrap=True)
+            raise typer.Exit(130) from None
+        console.print(f"tiles: {escape(str(path))}", soft_wrap=True)
+
+
+@app.command()
 def samples(
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     seed: Annotated[int, typer.Option(help="Another seed, another set.")] = 0,

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficientad_fast.errors import BackendError, InputError
 from efficientad_fast.files import atomic_path
+from efficientad_fast.plan import MixedPlan, PlanInput, Step, build_plan, parse_device
+from efficientad_fast.plan.mixed import MIXED_DTYPES
+from efficientad_fast.reference.networks import FEATURE_CHANNELS, Autoencoder, ModelSize, PatchDescriptionNetwork
 
 Tile = Mapping[str, int]
 
@@ -30,19 +35,6 @@ LEAST_GAIN = 0.01
 
 _MEASURED_SECONDS = 0.02
 _MOST_RUNS, _FEWEST_REPLAYS = 50, 5
-
-
-class Step(Protocol):
-    """One operator of a prediction, bound to its buffers; of a plan."""
-
-    @property
-    def layer(self) -> str: ...
-
-    @property
-    def out(self) -> Tensor: ...
-
-    @property
-    def run(self) -> Callable[[], object]: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ def cases_of(steps: Sequence[Step]) -> list[Case]:
         for kernel, facts in stated:
             key = kernel, json.dumps(facts, sort_keys=True)
             known = found.get(key, Case(kernel, facts, ()))
-            if step not in known.steps:
+            if not any(step is one for one in known.steps):
                 found[key] = Case(kernel, facts, (*known.steps, step))
     return list(found.values())
 
@@ -226,6 +218,70 @@ def _require_working(case: Case, expected: Sequence[Tensor], reason: str) -> Non
         ) from error
 
 
+def random_source(model_size: ModelSize, size: tuple[int, int], *, padding: bool = False) -> PlanInput:
+    """Networks whose activations neither die nor explode: a GPU may be faster on zeros than on what it will get."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        networks = (
+            PatchDescriptionNetwork(model_size, FEATURE_CHANNELS, padding=padding),
+            PatchDescriptionNetwork(model_size, 2 * FEATURE_CHANNELS, padding=padding),
+            Autoencoder(FEATURE_CHANNELS, padding=padding),
+        )
+        for network in networks:
+            for module in network.eval().requires_grad_(False).modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+    return PlanInput(*networks, None, None, None, "resized", True, size)
+
+
+def parse_gpu(device: str) -> torch.device:
+    """A GPU of this machine.
+
+    Raises:
+        InputError: another device; BackendError: there is no GPU, or not that one.
+    """
+    if not device.startswith("cuda"):
+        raise InputError(f"Tiles are those of a GPU's kernels: the device must be 'cuda' or 'cuda:N', got {device!r}.")
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"Tiles are timed on a GPU, and this PyTorch ({torch.__version__}) sees none. `efficientad-fast info` says "
+            "what is there and what is missing."
+        )
+    return parse_device(device)
+
+
+def plans_of(
+    source: PlanInput, batches: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
+) -> list[tuple[str, Callable[[], list[Step]]]]:
+    """For :func:`tune`: titles, and what makes the steps of a plan for random images.
+
+    Raises:
+        InputError: a dtype that has no tiles. What is returned raises BackendError where the kernels do not work.
+    """
+    for dtype in dtypes:
+        if dtype not in MIXED_DTYPES:
+            raise InputError(f"Tiles are tuned in float16, bfloat16 and float8, got {dtype}.")
+
+    def make(batch: int, dtype: torch.dtype) -> list[Step]:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch, 3, *source.size, generator=generator)
+        chosen = source
+        if dtype == torch.float8_e4m3fn:
+            # How large activations may become decides nothing about how long it takes.
+            observed = MixedPlan(source, device, torch.float16).observe(images[:1])
+            chosen = replace(source, activations=observed)
+        plan = build_plan(chosen, device, dtype, backend="operators")
+        assert isinstance(plan, MixedPlan)
+        with plan.steps(images) as steps:
+            return steps
+
+    return [(f"{_name(dtype)}, batch {batch}", partial(make, batch, dtype)) for dtype in dtypes for batch in batches]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "float8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
+
+
 def tune(
     plans: Sequence[tuple[str, Callable[[], Sequence[Step]]]],
     *,
@@ -250,12 +306,7 @@ def tune(
     Raises:
         InputError: the user wants no table, or theirs is none; BackendError: as of :func:`search`.
     """
-    tiles = _module("tiles")
-    path = tiles.user_table()
-    if path is None:
-        raise InputError(
-            f"{tiles.TABLE_VARIABLE} is empty, so that there is no table to write. Unset it, or name a file."
-        )
+    path = table_path()
     made_by = {"gpu": device_name, **_versions()}
     tuned = []
     for title, steps in plans:
@@ -284,6 +335,23 @@ def tune(
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("efficientad-fast", "torch", "triton")}
+
+
+def table_path() -> Path:
+    """The user's table.
+
+    Raises:
+        BackendError: there is no Triton; InputError: the user wants no table.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise BackendError("Tiles are those of Triton's kernels, and Triton is not installed: pip install triton.")
+    tiles = _module("tiles")
+    path: Path | None = tiles.user_table()
+    if path is None:
+        raise InputError(
+            f"{tiles.TABLE_VARIABLE} is empty, so that there is no table to write. Unset it, or name a file."
+        )
+    return path
 
 
 def rule_for(path: Path, case: Case) -> dict[str, Any] | None:

@@ -262,6 +262,7 @@ def on_a_gpu(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {"safetensors": "", "npy": "", "npz": ""}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_peers, "machine", lambda: facts)
+    monkeypatch.setattr(gpu_peers, "is_installed", lambda: True)
     monkeypatch.setattr(Entrants, "written", lambda folder, sizes: Entrants(dict.fromkeys(sizes, paths)))
 
 

@@ -85,6 +85,14 @@ def test_tiles_of_all_kernels_cover_their_products() -> None:
                 assert sum(one.programs * one.operations for one in found.launches) > found.operations, step.layer
 
 
+def test_tiles_that_ship_compute_little_for_nothing() -> None:
+    """A kernel whose constants are misunderstood would seem to compute a lot."""
+    for step in meta_steps("s", torch.float16, 1):
+        if step.layer not in ("autoencoder", "anomaly_map"):
+            found = work_of(step, GPU)
+            assert sum(one.programs * one.operations for one in found.launches) < 1.5 * found.operations, step.layer
+
+
 def made_up(layer: str, *, operations: float, moved: float = 0.0, programs: int = 10, side: bool = False) -> Work:
     """In one launch, whose tiles compute nothing for nothing."""
     launches = [Launch(layer, programs, operations / programs)]

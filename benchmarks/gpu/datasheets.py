@@ -121,7 +121,7 @@ GPUS = (
 )
 
 MEASURED_FLOAT16, MEASURED_BANDWIDTH = 790 * TERA, 4300 * GIGA
-"""On an H200: large products of float16 in PyTorch, and copies, bytes read and written."""
+"""On an H200: large products of half precision, and copies, bytes read and written."""
 
 
 def used() -> tuple[Gpu, ...]:

@@ -253,6 +253,8 @@ def _triton_launches(call: Call, gpu: Gpu, operations: float) -> list[Launch]:
 
 def _operations_of_program(constants: Mapping[str, Any]) -> float:
     """Of a convolution's tile, of which a launch's constants say all; else 0."""
+    from efficientad_fast.triton_kernels import implicit_gemm
+
     if "PIXELS" in constants:
         depth = _round_up(constants["KERNEL"] ** 2 * constants["CHANNELS"], constants["DEPTH"])
         return 2.0 * constants["PIXELS"] * constants["OUTPUTS"] * depth
@@ -261,7 +263,7 @@ def _operations_of_program(constants: Mapping[str, Any]) -> float:
         if f"{prefix}LOADS" not in constants or (prefix == "SECOND_" and constants["second"] is None):
             continue
         channels, kernel, block = (constants[prefix + name] for name in ("CHANNELS", "KERNEL", "DEPTH"))
-        flat = constants[f"{prefix}LOADS"] == 2
+        flat = constants[f"{prefix}LOADS"] == implicit_gemm.FLAT
         depth += _round_up(kernel**2 * channels, block) if flat else kernel**2 * _round_up(channels, block)
     if not depth:
         return 0.0

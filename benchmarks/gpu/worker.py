@@ -89,7 +89,9 @@ def errors(contestant: Contestant, right: Mapping[str, Tensor], subtracted: floa
     """
     given = dict(zip(("map_st", "map_ae"), contestant.raw_maps(), strict=True))
     found = {name: worst(one, right[name]) for name, one in given.items()}
-    for where, (maps, scores) in (("device", contestant.run()), ("host", contestant.run_from_host())):
+    # One after the other: a run overwrites the results of the one before.
+    for where, run in (("device", contestant.run), ("host", contestant.run_from_host)):
+        maps, scores = run()
         together = maps if isinstance(maps, Tensor) else torch.stack(maps)[:, None]
         for name, one in (("anomaly_map", together), ("scores", scores)):
             found[f"{name}, {where}"] = worst(one + subtracted, right[name] + subtracted)
