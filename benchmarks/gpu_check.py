@@ -3,14 +3,16 @@
 ``make gpu-check``, or ``python -m benchmarks.gpu_check`` where PyTorch, Triton and the test tools are installed. It
 
 1. builds the CUDA library for this GPU alone, or takes the libraries of a wheel built elsewhere (``--wheel FILE``);
-2. runs every operator's tests on the device: each implementation against the float64 reference, opcheck, CUDA graphs;
+2. tests every operator on the device: results of each implementation against the float64 reference, and CUDA graphs;
 3. predicts with EfficientAD-S and -M in float16, bfloat16 and float8: maps against float64, then latency at batch 1 and
    throughput of larger batches, from uint8 images on the GPU to map and score there, and from the host to the host;
 4. times every step of these plans by itself, beside its floor at this GPU's own rates (see `benchmarks.roofline`);
 5. runs every operator's benchmarks on the device;
-6. prints short tables last and writes everything, with GPU, driver, versions and date, to ``benchmarks/results/``.
+6. runs the remaining tests there: refusals, memory, opcheck;
+7. prints short tables last and writes everything, with GPU, driver, versions and date, to ``benchmarks/results/``.
 
-All of it takes less than 9 minutes: a section whose time is up is stopped, and said to be.
+All of it takes less than 9 minutes: a section whose time is up is stopped, and said to be, which is a failure where
+results were not all tested.
 
 Without a GPU it says so and runs what can be run: the same tests on the CPU, in Triton's interpreter and in the CUDA
 emulator, predictions by the plans' references on the CPU, which are checked and not timed, and the benchmarks on the
@@ -51,12 +53,14 @@ NO_GPU = """There is no GPU that PyTorch can use. What can be run without one is
 interpreter and in the CUDA emulator, predictions by references on the CPU, and the benchmarks on the CPU. No figure
 below is of a GPU."""
 
-TESTS_SECONDS, PREDICTIONS_SECONDS, ALL_SECONDS = 210.0, 200.0, 520.0
-"""After which tests and predictions are stopped, and everything; the benchmarks have what is left. On a GPU alone."""
+TESTS_SECONDS, PREDICTIONS_SECONDS, BENCHMARKS_SECONDS, ALL_SECONDS = 200.0, 170.0, 80.0, 520.0
+"""After which each is stopped, and everything; what is left is for the remaining tests. On a GPU alone."""
 
 
 # With a GPU the emulator and the interpreter have nothing to add.
-ON_GPU = (["tests/test_operators.py"], ["-m", "gpu"])
+RESULTS_ALONE = "(test_results or cuda_graph) and not own_their_memory"
+ON_GPU = (["tests/test_operators.py"], ["-m", "gpu", "-k", RESULTS_ALONE])
+REST_ON_GPU = (["tests/test_operators.py"], ["-m", "gpu", "-k", f"not ({RESULTS_ALONE})"])
 WITHOUT_GPU = (
     ["tests/test_operators.py", "tests/test_triton.py", "tests/test_cuda_operators.py", "tests/test_simt.py"],
     [],
@@ -149,11 +153,12 @@ def run_tests(
 ) -> tuple[int, list[dict[str, Any]], list[str]]:
     """Exit code of pytest, counts by operator and implementation, and the failed tests with their reasons."""
     report = folder / "tests.xml"
+    report.unlink(missing_ok=True)
     files, options = selection
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--show-capture=no", f"--junitxml={report}"]
     code = run([*command, *options, *files], limit=limit)
     if not report.is_file():
-        return code or 1, [], ["pytest wrote no report"]
+        return code or 1, [], [] if code == STOPPED else ["pytest wrote no report"]
     counts: dict[tuple[str, str, str], Counter[str]] = {}
     failures = []
     for case in ElementTree.parse(report).iter("testcase"):
@@ -173,6 +178,18 @@ def run_tests(
         for (operator, device, implementation), counter in sorted(counts.items())
     ]
     return code, rows, failures
+
+
+def together(*runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Counts of several runs of pytest, by operator and implementation."""
+    counts: dict[tuple[str, str, str], Counter[str]] = {}
+    for row in (row for rows in runs for row in rows):
+        place = (row["operator"], row["device"], row["implementation"])
+        counts.setdefault(place, Counter()).update({key: value for key, value in row.items() if isinstance(value, int)})
+    return [
+        {"operator": operator, "device": device, "implementation": implementation, **dict(counter)}
+        for (operator, device, implementation), counter in sorted(counts.items())
+    ]
 
 
 def run_predictions(folder: Path, limit: float) -> tuple[int, dict[str, Any]]:
@@ -319,20 +336,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         operators = list(dict.fromkeys(row["operator"] for row in tests if row["device"]))
         predicted, found = run_predictions(folder, PREDICTIONS_SECONDS if gpu else NO_LIMIT)
         predictions = found["rows"]
-        timed, benchmarks = 0, []
-        left = max(ALL_SECONDS - (time.monotonic() - began), 1.0) if gpu else None
+        timed, benchmarks, rest = 0, [], 0
         if not chosen.no_benchmarks:
-            timed, benchmarks = run_benchmarks(operators, gpu, folder, left)
-    codes = {"the tests": tested, "the predictions": predicted, "the benchmarks": timed}
+            timed, benchmarks = run_benchmarks(operators, gpu, folder, BENCHMARKS_SECONDS if gpu else None)
+        if gpu:
+            left = max(ALL_SECONDS - (time.monotonic() - began), 1.0)
+            rest, others, more = run_tests(REST_ON_GPU, folder, left)
+            tests, failures = together(tests, others), failures + more
+    codes = {"the tests": tested, "the predictions": predicted, "the benchmarks": timed, "the remaining tests": rest}
     stopped = [what for what, code in codes.items() if code == STOPPED]
-    # Benchmarks that there was no time for are missed, and nothing is wrong; tests must have run.
-    timed = 0 if timed == STOPPED else timed
+    # What there was no time for is missed, and nothing is wrong; but results must have been tested.
+    timed, rest = (0 if code == STOPPED else code for code in (timed, rest))
     failures += [f"{row['model_size']}, {row['dtype']}: {row['reason']}" for row in predictions if "reason" in row]
     # Every implementation must have run: a library without CUDA code would only be skipped.
     wanted = {"public", "cuda", "triton", "reference"} if gpu else {"public", "reference"}
     ran = {row["implementation"] for row in tests if row.get("passed")}
     failures += [f"no test of the implementation {name} has run" for name in sorted(wanted - ran)]
-    passed = tested == 0 and predicted == 0 and timed == 0 and not failures
+    passed = tested == 0 and predicted == 0 and timed == 0 and rest == 0 and not failures
     show(facts, tests, benchmarks, predictions)
     for what in stopped:
         print(f"stopped: {what}, when their time was up")

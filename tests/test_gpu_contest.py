@@ -310,6 +310,13 @@ def test_gpu_check_stops_what_takes_too_long() -> None:
     assert gpu_check.run([sys.executable, "-c", "raise SystemExit(3)"], limit=60) == 3
 
 
+def test_gpu_check_adds_the_counts_of_its_runs() -> None:
+    one = {"operator": "a", "device": "gpu", "implementation": "cuda", "passed": 3}
+    other = {"operator": "a", "device": "gpu", "implementation": "cuda", "passed": 2, "failed": 1}
+    more = {**other, "implementation": "triton"}
+    assert gpu_check.together([one], [other, more]) == [one | {"passed": 5, "failed": 1}, more]
+
+
 def test_gpu_check_s_tables() -> None:
     figures = {"device": {"median": 2e-4, "p99": 3e-4}, "host": {"median": 4e-4, "p99": 5e-4}}
     slow, fast = ({"images_per_second": rate, "images_per_second_host": rate / 2} for rate in (5000.0, 9000.0))
@@ -344,3 +351,58 @@ def test_floors_stand_beside_steps_and_the_farthest_comes_first() -> None:
     rows = [{"model_size": "s", "dtype": "float16", "by_batch": {"1": {"steps": steps}}}]
     predictions.with_floors(rows, used()[0])
     assert steps[0]["layer"] == "map_ae" and 0 < steps[0]["floor"] < steps[0]["floor_with_tiles"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_gpu_check_with_a_gpu(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its sections, whose order and limits are those of a GPU."""
+    facts = {"gpu": "NVIDIA Made-Up 1", "compute_capability": "9.0", "driver": "1", "torch": "2", "triton": "3"}
+    limits: dict[str, float] = {}
+    ran = [
+        {"operator": "conv_pool", "device": "gpu", "implementation": name, "passed": 1}
+        for name in ("public", "cuda", "triton", "reference")
+    ]
+
+    def run_tests(selection: Any, folder: Path, limit: float) -> tuple[int, list[dict[str, Any]], list[str]]:
+        name = "tests" if selection == gpu_check.ON_GPU else "rest"
+        limits[name] = limit
+        return (gpu_check.STOPPED, [], []) if stopped and name == "rest" else (0, ran, [])
+
+    def run_predictions(folder: Path, limit: float) -> tuple[int, dict[str, Any]]:
+        limits["predictions"] = limit
+        return 0, {"rows": [], "rates": {"float16": 7e14}}
+
+    def run_benchmarks(names: Any, gpu: bool, folder: Path, limit: float) -> tuple[int, list[dict[str, Any]]]:
+        assert names == ["conv_pool"] and gpu
+        limits["benchmarks"] = limit
+        return 0, []
+
+    monkeypatch.setattr(gpu_check, "machine", lambda: facts | {"date": "2026-11-25T01:02:03+00:00"})
+    monkeypatch.setattr(gpu_check, "install", lambda **settings: None)
+    for one in (run_tests, run_predictions, run_benchmarks):
+        monkeypatch.setattr(gpu_check, one.__name__, one)
+    assert gpu_check.main(["--json", str(tmp_path / "found.json")]) == 0
+    assert list(limits) == ["tests", "predictions", "benchmarks", "rest"]
+    # What comes before the rows of predictions may take a minute more.
+    assert sum(limits[name] for name in ("tests", "predictions", "benchmarks")) + 60 < gpu_check.ALL_SECONDS < 540
+    content = json.loads((tmp_path / "found.json").read_text())
+    assert content["rates"] == {"float16": 7e14} and content["stopped"] == (["the remaining tests"] if stopped else [])
+    assert ("stopped: the remaining tests" in capsys.readouterr().out) == stopped
+
+
+def test_rates_are_operations_and_bytes_over_time() -> None:
+    found = timing.ceilings(Clock(), CPU, side=16, copied=1000)
+    assert found["float16"] == found["bfloat16"] == pytest.approx(2 * 16**3 / 1e-4)
+    assert found["bandwidth"] == pytest.approx(2 * 1000 / 1e-4)
+    assert found["float8"] in (None, pytest.approx(2 * 16**3 / 1e-4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and PyTorch sees none")
+def test_times_of_a_gpu_grow_with_the_work() -> None:
+    clock = timing.CudaClock()
+    small, large = (torch.randn(side, side, device="cuda") for side in (256, 2048))
+    for measure in (clock.step, lambda run: min(clock.device(run, 0.05)), lambda run: clock.stream(run, 0.05)):
+        assert 0 < measure(lambda: small @ small) < measure(lambda: large @ large)

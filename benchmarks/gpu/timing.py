@@ -109,12 +109,13 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     }
 
 
-def ceilings(clock: Clock, device: torch.device) -> dict[str, float | None]:
+def ceilings(clock: Clock, device: torch.device, side: int = 8192, copied: int = 2**29) -> dict[str, float | None]:
     """Rates of the GPU as it is: operations a second by dtype, and bytes a second that a copy reads and writes.
 
-    Of products ``(8192, 8192)`` of random numbers in PyTorch; None where it has none of float8.
+    Args:
+        side: of the matrices of random numbers that PyTorch multiplies; the rate is None where it has no products.
+        copied: bytes.
     """
-    side = 8192
     generator = torch.Generator(device).manual_seed(0)
     found: dict[str, float | None] = {}
     plain = [torch.randn(side, side, device=device, generator=generator) for _ in range(2)]
@@ -123,7 +124,7 @@ def ceilings(clock: Clock, device: torch.device) -> dict[str, float | None]:
         product = torch.empty_like(left)
         found[name] = 2 * side**3 / clock.step(lambda a=left, b=right, out=product: torch.mm(a, b, out=out))
     found["float8"] = _float8_rate(clock, plain, side)
-    source = torch.empty(2**29, dtype=torch.uint8, device=device).random_(generator=generator)
+    source = torch.empty(copied, dtype=torch.uint8, device=device).random_(generator=generator)
     target = torch.empty_like(source)
     found["bandwidth"] = 2 * source.numel() / clock.step(lambda: target.copy_(source))
     return found
