@@ -1,4 +1,7 @@
-"""The terms of the training loss against hand-computed values and numpy, and where their gradients go."""
+"""The terms of the training loss against hand-computed values and numpy, and where their gradients go.
+
+What ``hard_feature_loss`` computes as an operator is tested by its cases; here, what autograd and compilers make of it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tolerances import EXACT, tolerance
+from torch import Tensor
 
+from efficientad_fast import ops
+from efficientad_fast.errors import InputError
 from efficientad_fast.reference.losses import HARD_FRACTION, hard_feature_loss, mean_squared_error, penalty_loss
 
 LOSS = tolerance("loss", torch.float64)
+LOSS_IN_FLOAT32 = tolerance("loss", torch.float32)
 
 
 def hard_loss_by_numpy(teacher: np.ndarray, student: np.ndarray, fraction: float) -> float:
@@ -94,6 +101,118 @@ def test_losses_of_a_real_size_match_numpy_and_keep_the_dtype(dtype: torch.dtype
     assert {result.dtype for result in results} == {dtype}
     for result, value in zip(results, expected, strict=True):
         assert_close(result, value, tolerance("loss", dtype))
+
+
+def operator(teacher: Tensor, student: Tensor, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    ops.load()
+    return torch.ops.efficientad_fast.hard_feature_loss(teacher, student, fraction)
+
+
+def features(*shape: int) -> tuple[Tensor, Tensor]:
+    """Of few bits, so that all arithmetic is exact and many squares tie; channels-last, the student's twice as many."""
+    generator = torch.Generator().manual_seed(2)
+    both = [torch.randint(-20, 20, (*shape[:1], channels, *shape[2:]), generator=generator) / 8 for channels in (8, 16)]
+    teacher, student = (one.contiguous(memory_format=torch.channels_last) for one in both)
+    return teacher, student
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.9, 0.99, 1.0])
+def test_the_operators_gradients_are_those_of_the_reference(fraction: float) -> None:
+    teacher, student = (one.requires_grad_() for one in features(2, 8, 9, 7))
+    exact_teacher, exact_student = (one.detach().double().requires_grad_() for one in (teacher, student))
+    loss, threshold, count = operator(teacher, student[:, :8], fraction)
+    assert not threshold.requires_grad and not count.requires_grad
+    exact_loss = hard_feature_loss(exact_teacher, exact_student[:, :8], fraction)
+    assert_close(loss, exact_loss, LOSS_IN_FLOAT32)
+    gradients = torch.autograd.grad(3 * loss, (teacher, student))
+    expected = torch.autograd.grad(3 * exact_loss, (exact_teacher, exact_student))
+    for actual, trusted in zip(gradients, expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert_close(actual, trusted, LOSS_IN_FLOAT32)
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+    assert 0 < int(gradients[0].count_nonzero()) <= int(count)
+
+
+def test_the_operators_gradients_have_the_dtype_of_their_tensor() -> None:
+    teacher, student = features(1, 8, 3, 5)
+    student = student[:, :8].half().requires_grad_()
+    teacher.requires_grad_()
+    of_teacher, of_student = torch.autograd.grad(operator(teacher, student, 0.5)[0], (teacher, student))
+    assert of_teacher.dtype == torch.float32 and of_student.dtype == torch.float16
+    assert_close(of_student, -of_teacher, tolerance("hard_feature_loss", torch.float16))
+
+
+def test_the_operator_takes_its_threshold_from_the_quantiles_bits() -> None:
+    teacher, student = (torch.randn(2, 5, 13, 11, generator=torch.Generator().manual_seed(one)) for one in range(2))
+    for fraction in (0.0, 0.5, 0.7, 0.999, 1.0):
+        _, threshold, count = operator(teacher, student, fraction)
+        squared = (teacher - student) ** 2
+        assert_close(threshold, torch.ops.efficientad_fast.quantile(squared, [fraction])[0], EXACT)
+        assert int(count) == int((squared >= threshold).sum())
+
+
+def test_the_operator_reads_what_is_repeated() -> None:
+    teacher, student = features(3, 8, 5, 7)
+    repeated = teacher[:1].expand(3, -1, -1, -1)
+    actual = operator(repeated, student[:, :8], 0.9)
+    for one, other in zip(actual, operator(repeated.contiguous(), student[:, :8], 0.9), strict=True):
+        assert_close(one, other, EXACT)
+    gradient = torch.ops.efficientad_fast.hard_feature_loss.gradient
+    selection = (*actual[1:], torch.tensor(2.0))
+    of_teacher = gradient(student[:, :8], repeated, *selection)
+    assert_close(of_teacher, -gradient(repeated, student[:, :8], *selection), EXACT)
+
+
+def test_any_number_of_threads_gives_the_operators_bits() -> None:
+    # As many as several threads share, in either of the loops.
+    teacher, student = (torch.randn(3, 64, 53, 56, generator=torch.Generator().manual_seed(one)) for one in range(2))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss, threshold, count = operator(teacher, student, 0.3)
+            gradient = torch.ops.efficientad_fast.hard_feature_loss.gradient
+            results.append((loss, threshold, count, gradient(teacher, student, threshold, count, loss)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert_close(one, same, EXACT)
+
+
+def test_the_operator_refuses_a_second_derivative() -> None:
+    teacher, student = features(1, 8, 3, 5)
+    student = student[:, :8].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(operator(teacher, student, 0.5)[0], student, create_graph=True)
+    with pytest.raises(InputError, match=r"^hard_feature_loss: .* leave out create_graph\.$"):
+        torch.autograd.grad(gradient.sum(), student)
+
+
+def test_opcheck_of_the_operator_with_gradients() -> None:
+    teacher, student = (one.requires_grad_() for one in features(2, 8, 3, 5))
+    ops.load()
+    function = torch.ops.efficientad_fast.hard_feature_loss.default
+    torch.library.opcheck(function, (teacher, student[:, :8], 0.9))
+    torch.library.opcheck(function, (teacher.detach(), student[:, :8], 0.9))
+
+
+def test_a_compiled_step_has_the_operators_gradients() -> None:
+    teacher, student = features(2, 8, 3, 5)
+
+    def step(given: Tensor) -> Tensor:
+        loss, _, _ = torch.ops.efficientad_fast.hard_feature_loss(teacher, given[:, :8], 0.9)
+        return 2 * loss
+
+    ops.load()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for function in (step, compiled):
+        leaf = student.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    assert_close(gradients[1], gradients[0], EXACT)
 
 
 def test_penalty_is_the_mean_square_and_pulls_towards_zero() -> None:

@@ -62,6 +62,32 @@ def _owner(workspace_ptr, slot, DIGIT: tl.constexpr, SLOTS: tl.constexpr, BINS: 
 
 
 @triton.jit
+def _share(workspace_ptr, DIGIT: tl.constexpr, SLOTS: tl.constexpr, BINS: tl.constexpr):
+    """Of a program that counts digits: slot, part of the numbers, digits known before, and whether its slot counts."""
+    # Before the first digit all slots are one, and only its programs are started.
+    slot = tl.program_id(0) % SLOTS if DIGIT > 0 else 0
+    part = tl.program_id(0) // SLOTS if DIGIT > 0 else tl.program_id(0)
+    prefix, owner = _owner(workspace_ptr, slot, DIGIT, SLOTS, BINS)
+    return slot, part, prefix, owner == slot
+
+
+@triton.jit
+def _histogram(keys, taken, prefix, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr):
+    """Of a digit of the keys that begin with the prefix."""
+    if DIGIT > 0:
+        taken = taken & ((keys >> (SHIFT + BITS)).to(tl.int64) == prefix)
+    digits = ((keys >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
+    return tl.histogram(digits, BINS, mask=taken)
+
+
+@triton.jit
+def _add_counts(workspace_ptr, slot, counts, DIGIT: tl.constexpr, SLOTS: tl.constexpr, BINS: tl.constexpr):
+    bins = tl.arange(0, BINS)
+    into = workspace_ptr + (DIGIT * SLOTS + slot) * BINS + bins
+    tl.atomic_add(into, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
 def _count_digits(
     values_ptr,  # count numbers, contiguous, float32
     workspace_ptr,  # of the contract
@@ -74,25 +100,17 @@ def _count_digits(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Before the first digit all slots are one, and only its programs are started.
-    slot = tl.program_id(0) % SLOTS if DIGIT > 0 else 0
-    part = tl.program_id(0) // SLOTS if DIGIT > 0 else tl.program_id(0)
-    prefix, owner = _owner(workspace_ptr, slot, DIGIT, SLOTS, BINS)
-    if owner == slot:
+    slot, part, prefix, counting = _share(workspace_ptr, DIGIT, SLOTS, BINS)
+    if counting:
         counts = tl.zeros((BINS,), tl.int32)
         first = part.to(tl.int64) * BLOCK
         while first < count:
             index = first + tl.arange(0, BLOCK)
             taken = index < count
             keys = _keys(tl.load(values_ptr + index, mask=taken, other=0))
-            if DIGIT > 0:
-                taken = taken & ((keys >> (SHIFT + BITS)).to(tl.int64) == prefix)
-            digits = ((keys >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
-            counts += tl.histogram(digits, BINS, mask=taken)
+            counts += _histogram(keys, taken, prefix, DIGIT, SHIFT, BITS, BINS)
             first += rounds_step
-        bins = tl.arange(0, BINS)
-        into = workspace_ptr + (DIGIT * SLOTS + slot) * BINS + bins
-        tl.atomic_add(into, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+        _add_counts(workspace_ptr, slot, counts, DIGIT, SLOTS, BINS)
 
 
 @triton.jit
@@ -174,49 +192,61 @@ def _count(
     tl.atomic_add(counts_ptr + bins, tl.full((BLOCK,), 1, tl.int64), mask=taken, sem="relaxed")
 
 
+def select(
+    pair: Sequence[float],
+    count: int,
+    out: Tensor,
+    workspace: Tensor,
+    count_digits: Callable[..., None],
+) -> None:
+    """Quantiles of ``count`` numbers that only ``count_digits`` knows.
+
+    Args:
+        pair: one or two fractions.
+        out: as many quantiles.
+        count_digits: given as ``slots`` how many slots have programs, and the constexprs of one digit: launches a
+            kernel that adds the histograms of that digit to the workspace, as :func:`_count_digits` does.
+    """
+    device, both = workspace.device, (pair[0], pair[-1])
+    workspace.zero_()
+    for digit, (shift, bits) in enumerate(DIGITS):
+        count_digits(slots=SLOTS if digit > 0 else 1, **SIZES, DIGIT=digit, SHIFT=shift, BITS=bits)
+        # A product and a difference are not to be rounded as one.
+        launch(
+            _select_digit,
+            SLOTS,
+            device,
+            [workspace, count, *both],
+            **SIZES,
+            DIGIT=digit,
+            BITS=bits,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    launch(
+        _interpolate,
+        1,
+        device,
+        [workspace, out, count, len(pair), *both],
+        **SIZES,
+        PAIR=PAIR,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+
+
 def _quantiles_into(values: Tensor, fractions: Sequence[float], out: Tensor, workspace: Tensor) -> None:
     require_runnable("quantile", "values", values)
     dense, count, device = values.contiguous(), values.numel(), values.device
     parts = min(tiles(count, BLOCK), MOST_PROGRAMS)
+
+    def count_digits(slots: int, **constants: int) -> None:
+        arguments = [dense, workspace, count, parts * BLOCK]
+        launch(_count_digits, parts * slots, device, arguments, **constants, BLOCK=BLOCK, num_warps=8)
+
     for start in range(0, len(fractions), PAIR):
         pair = list(fractions[start : start + PAIR])
-        both = (pair[0], pair[-1])
-        workspace.zero_()
-        for digit, (shift, bits) in enumerate(DIGITS):
-            launch(
-                _count_digits,
-                parts * (SLOTS if digit > 0 else 1),
-                device,
-                [dense, workspace, count, parts * BLOCK],
-                **SIZES,
-                DIGIT=digit,
-                SHIFT=shift,
-                BITS=bits,
-                BLOCK=BLOCK,
-                num_warps=8,
-            )
-            # A product and a difference are not to be rounded as one.
-            launch(
-                _select_digit,
-                SLOTS,
-                device,
-                [workspace, count, *both],
-                **SIZES,
-                DIGIT=digit,
-                BITS=bits,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
-        launch(
-            _interpolate,
-            1,
-            device,
-            [workspace, out[start:], count, len(pair), *both],
-            **SIZES,
-            PAIR=PAIR,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
+        select(pair, count, out[start:], workspace, count_digits)
 
 
 def quantile(values: Tensor, fractions: Sequence[float]) -> Tensor:

@@ -4,6 +4,7 @@
 #include "quantile.h"
 
 #include "level.h"
+#include "quantile_source.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,6 +22,8 @@ namespace efficientad_fast {
 namespace {
 
 using quantile::kBuckets;
+using quantile::kSourceBlock;
+using quantile::Source;
 
 constexpr int64_t kBlock = 64;  // numbers whose keys a processor makes at once
 
@@ -32,35 +35,41 @@ constexpr int64_t kGrain = 256 * 1024;
 // Histograms that a thread fills in one pass, of 512 KB each.
 constexpr int64_t kRows = 8;
 
-// counts += the histograms that count(first, numbers, into) makes of parts of `numbers` numbers.
+// counts += the histograms that count(values, numbers, into) makes of blocks.
 template <typename Count>
-void count_in_parts(int64_t numbers, int64_t buckets, int64_t* counts, const Count& count) {
+void count_in_parts(const Source& source, int64_t numbers, int64_t buckets, int64_t* counts, const Count& count) {
   std::mutex adding;
   torch::stable::parallel_for(0, numbers, kGrain, [&](int64_t begin, int64_t end) {
-    if (end - begin == numbers) {
-      count(begin, numbers, counts);
-      return;
+    const bool whole = end - begin == numbers;
+    std::vector<int64_t> part(whole ? 0 : buckets);
+    float room[kSourceBlock];
+    for (int64_t first = begin; first < end; first += kSourceBlock) {
+      const int64_t block = std::min(kSourceBlock, end - first);
+      count(source(first, block, room), block, whole ? counts : part.data());
     }
-    std::vector<int64_t> part(buckets);
-    count(begin, end - begin, part.data());
     const std::lock_guard<std::mutex> guard(adding);
-    for (int64_t bucket = 0; bucket < buckets; ++bucket) {
+    for (std::size_t bucket = 0; bucket < part.size(); ++bucket) {
       counts[bucket] += part[bucket];
     }
   });
 }
 
-void add_upper(const float* values, int64_t numbers, int64_t* counts) {
-  count_in_parts(numbers, kBuckets, counts, [=](int64_t first, int64_t part, int64_t* into) {
-    EFFICIENTAD_FAST_DISPATCH(count_upper, values + first, part, into);
+void add_upper(const Source& source, int64_t numbers, int64_t* counts) {
+  count_in_parts(source, numbers, kBuckets, counts, [](const float* values, int64_t block, int64_t* into) {
+    EFFICIENTAD_FAST_DISPATCH(count_upper, values, block, into);
   });
 }
 
 // At most kRows prefixes.
-void add_lower(const float* values, int64_t numbers, const uint32_t* prefixes, int64_t rows, int64_t* counts) {
-  count_in_parts(numbers, rows * kBuckets, counts, [=](int64_t first, int64_t part, int64_t* into) {
-    EFFICIENTAD_FAST_DISPATCH(count_lower, values + first, part, prefixes, rows, into);
+void add_lower(const Source& source, int64_t numbers, const uint32_t* prefixes, int64_t rows, int64_t* counts) {
+  count_in_parts(source, numbers, rows * kBuckets, counts, [=](const float* values, int64_t block, int64_t* into) {
+    EFFICIENTAD_FAST_DISPATCH(count_lower, values, block, prefixes, rows, into);
   });
+}
+
+Source source_of(const Tensor& dense) {
+  const float* const values = static_cast<const float*>(dense.const_data_ptr());
+  return [values](int64_t first, int64_t, float*) { return values + first; };
 }
 
 // The ranks that a quantile of `count` numbers lies between, and how far along.
@@ -101,12 +110,11 @@ double interpolate(double lower, double upper, double along) {
   return along < 0.5 ? lower + step : upper - step;
 }
 
-void compute(const Tensor& values, const std::vector<double>& fractions, float* out) {
-  const Tensor dense = torch::stable::contiguous(values);
-  const float* const data = static_cast<const float*>(dense.const_data_ptr());
-  const int64_t numbers = dense.numel();
+}  // namespace
+
+void quantile::quantiles(const Source& source, int64_t numbers, const std::vector<double>& fractions, float* out) {
   std::vector<int64_t> ends(kBuckets);
-  add_upper(data, numbers, ends.data());
+  add_upper(source, numbers, ends.data());
   if (ends.back() > 0) {
     std::fill_n(out, fractions.size(), std::numeric_limits<float>::quiet_NaN());
     return;
@@ -135,7 +143,7 @@ void compute(const Tensor& values, const std::vector<double>& fractions, float* 
       }
     }
     counts.assign(prefixes.size() * kBuckets, 0);
-    add_lower(data, numbers, prefixes.data(), static_cast<int64_t>(prefixes.size()), counts.data());
+    add_lower(source, numbers, prefixes.data(), static_cast<int64_t>(prefixes.size()), counts.data());
     for (std::size_t row = 0; row < prefixes.size(); ++row) {
       const auto begin = counts.begin() + static_cast<int64_t>(row) * kBuckets;
       std::partial_sum(begin, begin + kBuckets, begin);
@@ -158,6 +166,13 @@ void compute(const Tensor& values, const std::vector<double>& fractions, float* 
   }
 }
 
+namespace {
+
+void compute(const Tensor& values, const std::vector<double>& fractions, float* out) {
+  const Tensor dense = torch::stable::contiguous(values);
+  quantile::quantiles(source_of(dense), dense.numel(), fractions, out);
+}
+
 void quantile_out(const Tensor& values, std::vector<double> fractions, Tensor out, Tensor workspace) {
   quantile::check(values, fractions, /*cuda=*/false);
   quantile::check_outputs(values, fractions, out, workspace);
@@ -174,15 +189,15 @@ Tensor quantile_default(const Tensor& values, std::vector<double> fractions) {
 void quantile_count(const Tensor& values, std::vector<int64_t> prefixes, Tensor counts) {
   quantile::check_count(values, prefixes, counts, /*cuda=*/false);
   const Tensor dense = torch::stable::contiguous(values);
-  const float* const data = static_cast<const float*>(dense.const_data_ptr());
+  const Source source = source_of(dense);
   int64_t* const into = static_cast<int64_t*>(counts.mutable_data_ptr());
   if (prefixes.empty()) {
-    add_upper(data, dense.numel(), into);
+    add_upper(source, dense.numel(), into);
   }
   const std::vector<uint32_t> narrow(prefixes.begin(), prefixes.end());
   const auto all = static_cast<int64_t>(narrow.size());
   for (int64_t row = 0; row < all; row += kRows) {
-    add_lower(data, dense.numel(), narrow.data() + row, std::min(kRows, all - row), into + row * kBuckets);
+    add_lower(source, dense.numel(), narrow.data() + row, std::min(kRows, all - row), into + row * kBuckets);
   }
 }
 

@@ -19,9 +19,15 @@ def hard_feature_loss(teacher: Tensor, student: Tensor, fraction: float = HARD_F
         student: the student's prediction of them, same shape.
         fraction: in [0, 1]; 0 gives the plain mean squared error.
     """
+    return select_hard_features(teacher, student, fraction)[0]
+
+
+def select_hard_features(teacher: Tensor, student: Tensor, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of :func:`hard_feature_loss`, the quantile, and how many elements reach it, in int64; scalars."""
     squared = (teacher - student) ** 2
     threshold = quantile(squared.detach(), (fraction,))[0]
-    return squared[squared >= threshold].mean()
+    selected = squared[squared >= threshold]
+    return selected.mean(), threshold, torch.tensor(selected.numel(), device=squared.device)
 
 
 def penalty_loss(student: Tensor) -> Tensor:

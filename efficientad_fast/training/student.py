@@ -23,13 +23,14 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
+from efficientad_fast import ops
 from efficientad_fast.data.folders import Dataset, split_validation
 from efficientad_fast.data.textures import synthetic_image
 from efficientad_fast.detector import Detector, Preprocessing
 from efficientad_fast.errors import DatasetError, ImageError, InputError
 from efficientad_fast.files import read_tensors, write_tensors
 from efficientad_fast.plan import parse_device
-from efficientad_fast.reference.losses import hard_feature_loss, mean_squared_error, penalty_loss
+from efficientad_fast.reference.losses import mean_squared_error, penalty_loss
 from efficientad_fast.reference.maps import MapConvention
 from efficientad_fast.reference.networks import (
     FEATURE_BORDER,
@@ -310,6 +311,7 @@ def step_losses(
     settings: TrainSettings,
 ) -> dict[str, Tensor]:
     """The terms of one step's loss, scalars; their sum is what is minimised. mean, std: ``(1, 384, 1, 1)``."""
+    ops.load()
     device = mean.device
 
     def place(tensor: Tensor) -> Tensor:
@@ -334,8 +336,10 @@ def step_losses(
         autoencoder_loss = mean_squared_error(teach(whole_crops, None), decoded_crops)
     else:
         autoencoder_loss = mean_squared_error(teach(whole, data.whole_features), decoded)
+    taught = teach(crops, data.crop_features)
+    hard_loss, _, _ = torch.ops.efficientad_fast.hard_feature_loss(taught, student_st, settings.hard_fraction)
     losses = {
-        "hard": hard_feature_loss(teach(crops, data.crop_features), student_st, settings.hard_fraction),
+        "hard": hard_loss,
         "ae": autoencoder_loss,
         "stae": mean_squared_error(decoded_crops, student_ae[: len(decoded)]),
     }
