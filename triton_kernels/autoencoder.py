@@ -7,11 +7,16 @@ written: a program blends, of four pixels of the layer before, what it is about 
 Most layers are small, and a program of theirs waits for memory more than it computes. So tiles are small, which makes
 programs many, and deep, so that few loads wait for one another. Where there are but a few pixels, of which a tile for
 tensor cores would leave most empty, a program has one pixel and multiplies without them: ``pixels`` of its tile is 1.
+
+Tensor cores add one product of a small tile to another's sum, of which each waits for the one before. ``slices`` of the
+depth have sums of their own, each in other warps, which are added in the end, in the same order every time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -20,22 +25,35 @@ from torch import Tensor
 
 from efficientad_fast.ops import autoencoder as contract
 from efficientad_fast.ops import packing
-from efficientad_fast.ops.autoencoder import Layer
+from efficientad_fast.ops.autoencoder import MIXED_CHANNELS, Layer
+from efficientad_fast.reference.networks import feature_size
 
 from . import tiles as table
 from .conv_pool import narrowed
+from .implicit_gemm import require_products
 from .launching import capability, launch, require_runnable, tiles
+from .models import SIDE, ModelSize, channels_last
+
+LEAST = 16
+"""Of each side of what tensor cores multiply, in Triton."""
+
+MOST_SINGLE_PIXELS = 256
+"""With more pixels in all images, tiles of one are not worth trying."""
 
 NAMES = (*(f"enconv{step}" for step in range(1, 7)), *(f"deconv{step}" for step in range(1, 8)))
 
 
 @triton.jit
-def _source(place, scale, length):
-    """Of a resized row or column: the one before it in what was resized, the one after it, and how near that is."""
+def _source(place, scale, length, SAME: tl.constexpr):
+    """Of resized rows or columns: the ones before in what was resized, those after, and how near to these they are.
+
+    ``SAME`` places beside each other, from multiples of it on, are one: in floats the compiler does not see it.
+    """
     position = tl.maximum((place.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     # Rounding may reach beyond the last one.
-    before = tl.minimum(position.to(tl.int32), length - 1)
-    return before, tl.minimum(before + 1, length - 1), tl.minimum(position - before.to(tl.float32), 1.0)
+    before = tl.max_constancy(tl.minimum(position.to(tl.int32), length - 1), [1, SAME])
+    after = tl.minimum(before + 1, length - 1)
+    return before, after, tl.minimum(position - before.to(tl.float32), 1.0)
 
 
 @triton.jit(
@@ -73,8 +91,10 @@ def _convolve(
     PIXELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     TOTAL: tl.constexpr = KERNEL * KERNEL * CHANNELS
+    SAME: tl.constexpr = 1 if CHANNELS % DEPTH == 0 else CHANNELS & -CHANNELS  # so many numbers are of one tap
     # Programs beside each other read the same pixels.
     program = tl.program_id(0)
     output = (program % output_tiles) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -103,6 +123,8 @@ def _convolve(
 
     if PIXELS == 1:
         sums = tl.zeros((OUTPUTS, DEPTH), tl.float32)
+    elif SLICES > 1:
+        sums = tl.zeros((SLICES, PIXELS, OUTPUTS), tl.float32)
     else:
         sums = tl.zeros((PIXELS, OUTPUTS), tl.float32)
     for step in tl.range(0, (TOTAL + DEPTH - 1) // DEPTH):
@@ -119,8 +141,8 @@ def _convolve(
             is_weight = is_weight & (depth < TOTAL)
         right = tl.load(weights_ptr + depth, mask=is_weight, other=0.0)
         if RESIZED:
-            above, below, down = _source(row, scale_y, height)
-            before, after, right_of = _source(column, scale_x, width)
+            above, below, down = _source(row, scale_y, height, SAME)
+            before, after, right_of = _source(column, scale_x, width, SAME)
             above_ptr = images_ptr + above * row_stride
             below_ptr = images_ptr + below * row_stride
             before = before * pixel_stride + channel
@@ -136,10 +158,16 @@ def _convolve(
             left = tl.load(images_ptr + (row * row_stride + (column * pixel_stride + channel)), mask=taken, other=0.0)
         if PIXELS == 1:
             sums += left.to(tl.float32) * right.to(tl.float32)
+        elif SLICES > 1:
+            left = left.reshape(PIXELS, SLICES, DEPTH // SLICES).permute(1, 0, 2)
+            right = right.reshape(OUTPUTS, SLICES, DEPTH // SLICES).permute(1, 2, 0)
+            sums = tl.dot(left, right, sums, input_precision="ieee")
         else:
             sums = tl.dot(left, right.T, sums, input_precision="ieee")
     if PIXELS == 1:
         sums = tl.sum(sums, 1)[None, :]
+    elif SLICES > 1:
+        sums = tl.sum(sums, 0)
 
     sums += tl.load(bias_ptr + output, mask=is_output, other=0.0)[None, :]
     if RELU:
@@ -152,8 +180,8 @@ def _convolve(
 def facts(layer: Layer, read: Tensor, weight: Tensor) -> dict[str, int | float | bool | str]:
     """What the rules for tiles may ask of a layer.
 
-    ``capability``; ``dtype`` of products and its ``bits``; ``kernel``, ``channels``, ``outputs``, ``resized``; ``depth``
-    of its sums; ``images``, and ``pixels`` of the result in all of them.
+    ``capability``; ``dtype`` of products and its ``bits``; ``kernel``, ``channels``, ``outputs``, ``resized``; how many
+    products a sum has, its ``depth``; ``images``, and ``pixels`` of the result in all of them.
     """
     outputs, channels, kernel, _ = weight.shape
     height, width = layer.out_size
@@ -174,37 +202,44 @@ def facts(layer: Layer, read: Tensor, weight: Tensor) -> dict[str, int | float |
 def chosen_tile(stated: Mapping[str, int | float | bool | str]) -> dict[str, int]:
     """The tile of the table's rules, with ``outputs`` and ``depth`` not many more than there are.
 
-    ``pixels`` is 1, or at least 16, as are the other two then: the least that tensor cores multiply.
+    Where ``pixels`` is not 1, it is at least 16, as are ``outputs`` and the part of ``depth`` that a slice has: the least
+    that tensor cores multiply.
     """
     tile = table.choose("autoencoder", stated)
-    least = 1 if tile["pixels"] == 1 else 16
+    least = 1 if tile["pixels"] == 1 else LEAST
     for name in ("outputs", "depth"):
         tile[name] = min(tile[name], max(triton.next_power_of_2(int(stated[name])), least))
+    tile["slices"] = min(tile["slices"], max(tile["depth"] // LEAST, 1))
     return tile
 
 
 def candidates(stated: Mapping[str, int | float | bool | str]) -> list[dict[str, int]]:
     """Tiles worth timing for a layer of which :func:`facts` says that."""
+    total, outputs_in_all = int(stated["depth"]), max(int(stated["outputs"]), LEAST)
     found = []
-    if int(stated["pixels"]) <= 256:
-        for outputs in (1, 2, 4):
-            for depth in (512, 1024, 2048, 4096):
-                if outputs * depth <= 4096 and depth <= 2 * int(stated["depth"]):
-                    found += [_tile(1, outputs, depth, warps, 1) for warps in (2, 4, 8)]
-    for pixels in (16, 32, 64, 128):
-        for outputs in (16, 32, 64):
-            for depth in (32, 64, 128, 256):
-                narrow = outputs <= max(int(stated["outputs"]), 16) and depth <= 2 * int(stated["depth"])
-                held = (pixels * (4 if stated["resized"] else 1) + outputs) * depth * int(stated["bits"]) // 8
-                for warps in (4, 8):
-                    # A blended tile passes through registers.
-                    if narrow and held <= 48 * 1024 * warps // 4:
-                        found += [_tile(pixels, outputs, depth, warps, stages) for stages in (1, 2, 3)]
+    if int(stated["pixels"]) <= MOST_SINGLE_PIXELS:
+        for outputs, depth, warps in itertools.product((1, 2, 4), (512, 1024, 2048, 4096), (2, 4, 8)):
+            if outputs * depth <= 4096 and depth < 2 * total:
+                found.append(_tile(1, outputs, depth, 1, warps, 1))
+    for pixels, outputs, depth in itertools.product((16, 32, 64, 128), (16, 32, 64), (32, 64, 128, 256, 512)):
+        if outputs >= 2 * outputs_in_all or depth >= 2 * total:
+            continue
+        for warps, stages in itertools.product((4, 8), (1, 2, 3)):
+            # What is loaded for one step passes through registers where it is blended.
+            held = (pixels * (4 if stated["resized"] else 1) + outputs) * depth * int(stated["bits"]) // 8
+            slices = (1, warps) if stated["bits"] == 16 and depth >= LEAST * warps else (1,)
+            sums = pixels * outputs // (32 * warps)
+            found += [
+                _tile(pixels, outputs, depth, many, warps, stages)
+                for many in slices
+                if held <= (384 if stages == 1 else 768) * 32 * warps and sums * many <= 64
+            ]
     return found
 
 
-def _tile(pixels: int, outputs: int, depth: int, warps: int, stages: int) -> dict[str, int]:
-    return {"pixels": pixels, "outputs": outputs, "depth": depth, "warps": warps, "stages": stages}
+def _tile(pixels: int, outputs: int, depth: int, slices: int, warps: int, stages: int) -> dict[str, int]:
+    given = {"pixels": pixels, "outputs": outputs, "depth": depth, "slices": slices}
+    return {**given, "warps": warps, "stages": stages}
 
 
 def _launch(layer: Layer, read: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -233,6 +268,7 @@ def _launch(layer: Layer, read: Tensor, weight: Tensor, bias: Tensor, out: Tenso
         PIXELS=tile["pixels"],
         OUTPUTS=tile["outputs"],
         DEPTH=tile["depth"],
+        SLICES=tile["slices"],
         num_warps=tile["warps"],
         num_stages=tile["stages"],
     )
@@ -244,9 +280,10 @@ def autoencoder_mixed(
     """``autoencoder.mixed`` of the catalogue."""
     contract.check_mixed(image, weights, biases, out, workspace)
     require_runnable("autoencoder", "image", image)
+    require_products("autoencoder", "out", out)
     channels = [one.shape[0] for one in weights]
-    given = (image.shape[0], image.shape[2:], out.shape[2:], channels)
-    parts = workspace.split_with_sizes([*contract.mixed_parts(*given), len(workspace) - sum(contract.mixed_parts(*given))])
+    first, second = contract.mixed_parts(image.shape[0], image.shape[2:], out.shape[2:], channels)
+    parts = workspace[:first], workspace[first : first + second]
     read = packing.mixed(image)
     for index, layer in enumerate(contract.layers(image.shape[2:], out.shape[2:])):
         written = out
@@ -268,31 +305,38 @@ def autoencoder(image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     return out
 
 
-def representative_calls() -> Mapping[str, Callable[[], object]]:
-    """What the kernel report compiles, with meta tensors inside `launching.recorded`: 256 x 256, in float16."""
+def model_calls(model_size: ModelSize, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What EfficientAD-S and -M ask for at 256 x 256, in batches of 1 and 32, for the kernel report: both the same."""
+    narrow = torch.float16 if dtype == torch.float8_e4m3fn else dtype
+    image_size = (SIDE, SIDE)
 
-    def call(index: int, layer: Layer) -> None:
-        channels = (4, *contract.CHANNELS)[index : index + 2]
-        size = layer.size
-        if layer.resized:
-            size = layers[index - 1].out_size
-        read, out = (
-            torch.empty((1, *shape), dtype=torch.float16, device="meta", memory_format=torch.channels_last)
-            for shape in ((channels[0], *size), (channels[1], *layer.out_size))
-        )
-        weight = torch.empty(
-            (channels[1], channels[0], layer.kernel, layer.kernel),
-            dtype=torch.float16,
-            device="meta",
-            memory_format=torch.channels_last,
-        )
-        _launch(layer, read, weight, torch.empty(channels[1], device="meta"), out)
+    def call(index: int, images: int, size: tuple[int, int]) -> None:
+        layers = contract.layers(image_size, size)
+        layer = layers[index]
+        channels, outputs = (MIXED_CHANNELS[1], *contract.CHANNELS)[index : index + 2]
+        read_size = layers[index - 1].out_size if layer.resized else layer.size
+        read = torch.empty(images, channels, *read_size, dtype=narrow, device="meta")
+        weight = torch.empty(outputs, channels, layer.kernel, layer.kernel, dtype=narrow, device="meta")
+        last = index == contract.LAYERS - 1
+        out = torch.empty(images, outputs, *layer.out_size, dtype=dtype if last else narrow, device="meta")
+        bias = torch.empty(outputs, device="meta")
+        _launch(layer, channels_last(read), channels_last(weight), bias, channels_last(out))
 
-    layers = contract.layers((256, 256), (56, 56))
     return {
-        name: lambda index=index, layer=layer: call(index, layer)  # type: ignore[misc]
-        for index, (name, layer) in enumerate(zip(NAMES, layers, strict=True))
+        f"{name}{', padded' if padded else ''}, batch {images}": partial(
+            call, index, images, feature_size(image_size, padding=padded)
+        )
+        for padded in (False, True)
+        for index, name in enumerate(NAMES)
+        if not padded or index == contract.LAYERS - 1
+        for images in (1, 32)
     }
+
+
+def representative_calls() -> dict[str, Callable[[], object]]:
+    """What the kernel report compiles, with meta tensors inside `launching.recorded`: one image, in float16."""
+    calls = model_calls("s", torch.float16)
+    return {name: calls[f"{name}, batch 1"] for name in NAMES}
 
 
 overloads = {"default": autoencoder, "mixed": autoencoder_mixed}

@@ -1,4 +1,7 @@
-"""What ``autoencoder`` is tested with: few channels, for images cannot be small."""
+"""What ``autoencoder`` is tested with: few channels, for images cannot be small.
+
+Of `ENOUGH` channels, kernels in mixed precision read some in vectors, and some layers' sums are deeper than a tile.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from convolution_cases import (
     Change,
     channels_last,
+    narrowed,
     planes_first,
     signed,
     some_channels,
@@ -24,7 +28,9 @@ from hypothesis import strategies as st
 from operator_cases import Arguments, Case, Refusal
 from torch import Tensor
 
-from efficientad_fast.ops import autoencoder, conv_pool
+from efficientad_fast.ops import autoencoder, conv_pool, packing
+
+FLOAT16, BFLOAT16, FLOAT8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
 
 FEW = (3, 2, 5, 3, 4, 3, 4, 2, 3, 5, 3, 2, 5)
 """Outputs of each layer."""
@@ -33,8 +39,10 @@ ENOUGH = (2, 3, 2, 3, 2, 16, 17, 16, 16, 3, 16, 3, 33)
 """With which some layers of the decoder read enough channels for Winograd, and others do not."""
 
 
-def parameters(channels: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    read = (autoencoder.IMAGE_CHANNELS, *channels[:-1])
+def parameters(
+    channels: Sequence[int], image_channels: int = autoencoder.IMAGE_CHANNELS
+) -> tuple[list[Tensor], list[Tensor]]:
+    read = (image_channels, *channels[:-1])
     kernels = [layer.kernel for layer in autoencoder.layers((256, 256), (1, 1))]
     # ReLU leaves half of the squares.
     made = [
@@ -87,6 +95,35 @@ def into(
     return Case(f"into, {name}", "autoencoder.out", make, quantity=row, same_as=same)
 
 
+def mixed(
+    name: str,
+    images: int,
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    channels: Sequence[int] = FEW,
+    *,
+    out_dtype: torch.dtype | None = None,
+    image_channels: int = 4,
+    larger: float = 1.0,
+    change: Change = channels_last,
+    change_weight: Change = channels_last,
+) -> Case:
+    """In mixed precision. ``larger``: how much weights of the last layer are than usual."""
+
+    def make() -> Arguments:
+        image = narrowed(change(signed((images, image_channels, *image_size), 99)), dtype)
+        given, biases = parameters(channels, image_channels)
+        given[-1] *= larger
+        numbers = autoencoder.mixed_workspace_size(images, image_size, size, channels)
+        room = torch.full((numbers + 5,), math.nan, dtype=dtype)
+        out = written((images, channels[-1], *size), out_dtype or dtype)
+        placed = [narrowed(change_weight(one), dtype) for one in given]
+        return (image, placed, biases), {"out": out, "workspace": room}
+
+    return Case(f"mixed, {name}", "autoencoder.mixed", make, quantity="autoencoder, mixed")
+
+
 CASES = [
     case("as 256 x 256 makes it", 1, (256, 256), (56, 56)),
     case("as 256 x 256 makes it, padded", 2, (256, 256), (64, 64)),
@@ -120,6 +157,19 @@ CASES = [
     into("NaN", 2, (256, 256), (9, 7), ENOUGH, change=with_value(math.nan)),
     into("empty", 0, (256, 256), (9, 7)),
     into("native, one pixel", 1, (256, 256), (1, 1)),
+    mixed("float16, as 256 x 256 makes it", 2, (256, 256), (56, 56), FLOAT16, ENOUGH),
+    mixed("bfloat16, prime sides", 1, (257, 331), (57, 75), BFLOAT16, ENOUGH),
+    mixed("float32, larger than the last step", 1, (256, 256), (129, 150), torch.float32, image_channels=3),
+    mixed("float16, three channels", 3, (256, 300), (56, 67), FLOAT16, image_channels=3),
+    mixed("float16 to float8, beyond its largest", 1, (256, 256), (9, 7), FLOAT16, out_dtype=FLOAT8, larger=700.0),
+    mixed("bfloat16 to float8", 1, (256, 256), (56, 56), BFLOAT16, out_dtype=FLOAT8),
+    mixed("float32 to float8", 1, (256, 256), (9, 7), torch.float32, out_dtype=FLOAT8),
+    mixed("one pixel", 1, (256, 256), (1, 1), FLOAT16),
+    mixed("empty", 0, (256, 256), (56, 56), FLOAT16),
+    mixed("window", 1, (256, 256), (9, 7), FLOAT16, change=window),
+    mixed("planes first", 1, (256, 257), (9, 7), FLOAT16, change=planes_first, change_weight=planes_first),
+    mixed("NaN", 2, (256, 256), (9, 7), FLOAT16, change=with_value(math.nan)),
+    mixed("NaN to float8", 2, (256, 256), (9, 7), FLOAT16, out_dtype=FLOAT8, change=with_value(math.nan)),
 ]
 
 
@@ -131,17 +181,26 @@ def strategy(draw: Any) -> Case:
     channels = draw(st.sampled_from((FEW, ENOUGH)))
     name = f"drawn, {images} of {image_size} to {size}, {channels}"
     if draw(st.booleans()):
+        dtype = draw(st.sampled_from(autoencoder.MIXED_DTYPES))
+        options = {"out_dtype": draw(st.sampled_from((dtype, FLOAT8))), "image_channels": draw(st.integers(3, 4))}
+        return mixed(f"{name}, {options}", images, image_size, size, dtype, channels, **options)
+    if draw(st.booleans()):
         return case(name, images, image_size, size, channels)
     return into(name, images, image_size, size, channels, threads=draw(st.integers(1, 3)))
 
 
 def expected(
-    case: Case, image: Tensor, given: list[Tensor], biases: list[Tensor], size: Sequence[int]
+    case: Case, image: Tensor, given: list[Tensor], biases: list[Tensor], size: Sequence[int] = (), **written_to: Tensor
 ) -> tuple[Tensor, ...]:
+    out = written_to.get("out")
+    size = size if out is None else out.shape[2:]
     if image.shape[0] == 0:
         return (torch.empty(0, given[-1].shape[0], *size, dtype=torch.float64),)
-    exact = ([one.double() for one in some] for some in (given, biases))
-    return (autoencoder.compute(image.double(), *exact, size),)
+    exact, exact_biases = ([one.double() for one in some] for some in (given, biases))
+    if out is None:
+        return (autoencoder.compute(image.double(), exact, exact_biases, size),)
+    result = autoencoder.compute_mixed(image.double(), exact, exact_biases, size, image.dtype)
+    return (result.clamp(max=packing.LARGEST_E4M3) if out.dtype == FLOAT8 else result,)
 
 
 def refusal(name: str, message: str, overload: str = "autoencoder", **changes: Any) -> Refusal:
@@ -150,7 +209,12 @@ def refusal(name: str, message: str, overload: str = "autoencoder", **changes: A
     def make() -> Arguments:
         given, biases = parameters(FEW)
         arguments: dict[str, Any] = {"image": torch.zeros(2, 3, 256, 260), "weights": given, "biases": biases}
-        if overload == "autoencoder.out":
+        if overload == "autoencoder.mixed":
+            arguments["image"] = arguments["image"].half()
+            arguments["weights"] = [one.half() for one in given]
+            out, room = written((2, FEW[-1], 9, 7), FLOAT16), torch.zeros(MIXED_NEEDED, dtype=FLOAT16)
+            arguments |= {"out": out, "workspace": room}
+        elif overload == "autoencoder.out":
             arguments["packed"] = [
                 conv_pool.reference_pack(one, algorithm="direct") for one in arguments.pop("weights")
             ]
@@ -169,6 +233,8 @@ def refusal(name: str, message: str, overload: str = "autoencoder", **changes: A
 
 NEEDED = autoencoder.workspace_size((256, 260), (9, 7), FEW)
 OUT = "autoencoder.out"
+MIXED_NEEDED = autoencoder.mixed_workspace_size(2, (256, 260), (9, 7), FEW)
+MIXED = "autoencoder.mixed"
 
 
 def _half(*shape: int) -> Tensor:
@@ -256,4 +322,77 @@ REFUSALS = [
         workspace=torch.zeros(1, NEEDED - 1),
     ),
     refusal("workspace elsewhere", "workspace must be on .*got", OUT, workspace=_elsewhere(1, NEEDED)),
+    refusal(
+        "mixed, five channels",
+        r"image must be \(N, 3, H, W\) or \(N, 4, H, W\), got \(2, 5, 256, 260\)",
+        MIXED,
+        image=_half(2, 5, 256, 260),
+    ),
+    refusal(
+        "mixed, image in float8",
+        "image must be float32, float16 or bfloat16, got torch.float8_e4m3fn",
+        MIXED,
+        image=torch.zeros(2, 3, 256, 260, dtype=FLOAT8),
+    ),
+    refusal("mixed, low", "image must be at least 256x256 pixels, got 32x260", MIXED, image=_half(2, 3, 32, 260)),
+    refusal("mixed, no weights", "weights must be 13 tensors, of enconv1 to .*, got 0", MIXED, weights=[]),
+    refusal("mixed, no biases", "biases must be 13 tensors, of enconv1 to .*, got 0", MIXED, biases=[]),
+    refusal(
+        "mixed, fourth channel without weights",
+        r"weights\[0\] must be \(outputs, 4, 4, 4\), got \(3, 3, 4, 4\)",
+        MIXED,
+        image=_half(2, 4, 256, 260),
+    ),
+    refusal(
+        "mixed, weight in float32",
+        r"weights\[1\] must be torch.float16 as image is, got torch.float32",
+        MIXED,
+        weights=(1, torch.zeros(2, 3, 4, 4)),
+    ),
+    refusal(
+        "mixed, weight elsewhere", r"weights\[1\] must be on .*got", MIXED, weights=(1, _elsewhere(2, 3, 4, 4).half())
+    ),
+    refusal("mixed, bias of five", r"biases\[3\] must be \(3,\), got \(5,\)", MIXED, biases=(3, torch.zeros(5))),
+    refusal("mixed, bias in half", r"biases\[3\] must be float32, got torch.float16", MIXED, biases=(3, _half(3))),
+    refusal("mixed, output of no image", r"out must be \(N, C, h, w\) with C, h and w of", MIXED, out=_half(9, 7)),
+    refusal(
+        "mixed, output of other channels",
+        r"out must be \(2, 5, 9, 7\), got \(2, 6, 9, 7\)",
+        MIXED,
+        out=written((2, 6, 9, 7), FLOAT16),
+    ),
+    refusal(
+        "mixed, output in another dtype",
+        "out must be torch.float16 as image is, or float8_e4m3fn, got torch.float32",
+        MIXED,
+        out=written((2, 5, 9, 7)),
+    ),
+    refusal(
+        "mixed, output with planes first",
+        "out must be dense and channels-last, got strides",
+        MIXED,
+        out=_half(2, 5, 9, 7),
+    ),
+    refusal("mixed, output elsewhere", "out must be on .*got", MIXED, out=channels_last(_elsewhere(2, 5, 9, 7).half())),
+    refusal(
+        "mixed, small workspace",
+        rf"workspace must be \(numbers,\) of at least \({MIXED_NEEDED},\), got \({MIXED_NEEDED - 1},\)",
+        MIXED,
+        workspace=_half(MIXED_NEEDED - 1),
+    ),
+    refusal(
+        "mixed, workspace in float32",
+        "workspace must be torch.float16 as image is, got torch.float32",
+        MIXED,
+        workspace=torch.zeros(MIXED_NEEDED),
+    ),
+    refusal(
+        "mixed, workspace with gaps",
+        "workspace must be contiguous, got strides",
+        MIXED,
+        workspace=_half(2 * MIXED_NEEDED)[::2],
+    ),
+    refusal(
+        "mixed, workspace elsewhere", "workspace must be on .*got", MIXED, workspace=_elsewhere(MIXED_NEEDED).half()
+    ),
 ]
