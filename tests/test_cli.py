@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from efficientad_fast import Detector, Prediction, cli, weights
+from efficientad_fast.detector import Precision
 from efficientad_fast.reference.networks import PatchDescriptionNetwork
 from tests.small_detector import CHANNELS, small_detector
 
@@ -195,6 +196,75 @@ def test_train_evaluate_and_report(images: Path, tmp_path: Path, monkeypatch: py
     (data / "test/good/0.png").write_bytes(b"")
     result = _run("evaluate", out, data)
     assert result.exit_code == 1 and "0.png" in result.stderr
+
+
+def test_calibrate_adds_a_precision_that_predict_and_evaluate_use(model: Path, images: Path, tmp_path: Path) -> None:
+    before = model.read_bytes()
+    out = tmp_path / "calibrated.safetensors"
+    result = _run("calibrate", model, images, "--dtype", "bfloat16", "--batch-size", 3, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "all 3 good images" in result.stdout and "calibration: 3 of 3" in result.stdout
+    assert model.read_bytes() == before
+    calibrated = Detector.load(out)
+    threshold = calibrated.precisions["bfloat16"].threshold
+    assert f"threshold in bfloat16 {threshold:.4f} (float32: 0.2500)" in result.stdout
+    assert calibrated.threshold == 0.25
+    result = _run("predict", out, images, "--dtype", "bfloat16")
+    assert result.exit_code == 0 and "anomalous" not in result.stdout
+    told = _run("info", out)
+    assert told.exit_code == 0 and f"bfloat16 (threshold {round(threshold, 6)}, 3 images)" in told.stdout
+    assert json.loads(_run("info", out, "--json").stdout)["model"] == "EfficientAD-S"
+
+
+def test_calibrate_writes_into_the_detectors_own_file(model: Path, images: Path) -> None:
+    one = images / "only"
+    one.mkdir()
+    (images / "0.png").rename(one / "0.png")
+    assert _run("calibrate", model, one, "--dtype", "bfloat16").exit_code == 0
+    assert list(Detector.load(model).precisions) == ["bfloat16"]
+
+
+def test_calibrate_says_what_is_wrong_and_leaves_the_file(model: Path, images: Path, tmp_path: Path) -> None:
+    before = model.read_bytes()
+    (images / "1.png").write_bytes(b"")
+    data = tmp_path / "data"
+    for part in ("train/good", "test/dent", "test/good"):
+        (data / part).mkdir(parents=True)
+        (data / part / "0.png").write_bytes((images / "0.png").read_bytes())
+    (tmp_path / "empty").mkdir()
+    for folder, options, message in (
+        (images, ["--dtype", "bfloat16"], "1 of 3 images cannot be used"),
+        (images, ["--dtype", "float32"], "float16, bfloat16, float8, got float32"),
+        (images, ["--dtype", "int4"], "int4"),
+        (images, ["--dtype", "float16", "--out", "m.pth"], ".safetensors"),
+        (tmp_path / "empty", ["--dtype", "float16"], "no images"),
+        (tmp_path / "absent", ["--dtype", "float16"], "no such folder"),
+        (data / "test", ["--dtype", "float16"], f"may be defective; give {data} to calibrate"),
+        (data / "test" / "dent", ["--dtype", "float16"], f"may be defective; give {data} to calibrate"),
+    ):
+        result = _run("calibrate", model, folder, *options)
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        assert message in result.stderr.replace("\n", " ")
+    assert model.read_bytes() == before
+    result = _run("predict", model, images, "--dtype", "float8")
+    assert result.exit_code == 2 and "efficientad-fast calibrate MODEL" in result.stderr
+
+
+def test_evaluate_in_float8_says_that_it_is_emulated(model: Path, images: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for part in ("train/good", "test/good", "test/dent"):
+        (data / part).mkdir(parents=True)
+        (data / part / "0.png").write_bytes((images / "0.png").read_bytes())
+    activations = {"conv1": torch.ones(256), "conv2": torch.ones(512), "conv3": torch.ones(512)}
+    scaled = Precision(None, 5.0, {**activations, "autoencoder": torch.ones(64)})
+    Detector.load(model).replaced(precisions={"float8": scaled}).save(model)
+    figures = tmp_path / "figures.json"
+    result = _run("evaluate", model, data, "--dtype", "float8", "--json", figures)
+    assert result.exit_code == 0, result.output
+    assert "emulated on a CPU" in result.stdout and "float8 on cpu" in result.stdout
+    written = json.loads(figures.read_text())
+    assert written["threshold"] == 5.0 and written["settings"]["dtype"] == "float8"
+    assert any("emulated" in note for note in written["notes"])
 
 
 def test_evaluating_a_flat_folder_says_what_is_needed(model: Path, images: Path) -> None:

@@ -25,7 +25,7 @@ from efficientad_fast.reference.maps import resized_raw_map
 from efficientad_fast.reference.networks import PatchDescriptionNetwork, normalise_features
 from efficientad_fast.training import student
 from efficientad_fast.training.augment import adjust_brightness, adjust_contrast, adjust_saturation, augment
-from efficientad_fast.training.calibrate import calibrate, threshold_from_scores
+from efficientad_fast.training.calibrate import calibrate, images_for, threshold_from_scores
 from efficientad_fast.training.state import save_state
 from efficientad_fast.training.student import PenaltyImages, TrainSettings, quick_training, train
 from tests.small_detector import CHANNELS, small_detector
@@ -545,6 +545,25 @@ def test_quantiles_are_those_of_all_pixels_of_all_maps(dataset: Dataset) -> None
             for fraction in (0.9, 0.995)
         ]
         assert dataclasses.astuple(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_images_to_calibrate_on_are_those_that_training_did_not_see(dataset: Dataset, tmp_path: Path) -> None:
+    detector = _train(dataset, tmp_path / "m.safetensors")
+    held_back = student._split(dataset, SETTINGS)[1]
+    chosen, which = images_for(detector, dataset.root)
+    assert chosen == held_back and f"{len(held_back)} images" in which and "held back" in which
+    assert images_for(small_detector(), dataset.root)[0] == dataset.train
+
+    layout = tmp_path / "layout"
+    for part in ("train/good", "validation/good", "test/good"):
+        shutil.copytree(dataset.root, layout / part)
+    chosen, which = images_for(detector, layout)
+    assert [path.parent for path in chosen] == [layout / "validation" / "good"] * 6 and "validation" in which
+    (layout / "train/good/0.png").unlink()
+    shutil.rmtree(layout / "validation")
+    # Not the images that it was trained on: there is one less.
+    assert len(images_for(detector, layout)[0]) == 5
+    assert len(images_for(detector, layout / "test" / "good")[0]) == 6
 
 
 def test_quantiles_of_identical_blank_maps_are_refused() -> None:

@@ -84,8 +84,8 @@ def calibration_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def images_for(detector: Detector, folder: Path) -> tuple[tuple[Path, ...], str]:
     """Good images of a folder or data set to calibrate a trained detector on, and which they are, for people.
 
-    Those that the data set sets apart for validation; else those that training held back, where the folder has as many
-    good images as training had; else all, as of a folder of new images.
+    Those that the data set sets apart for validation; else those that training held back, where the folder has the name
+    of the one it was given and as many good images; else all, as of a folder of new images.
 
     Raises:
         DatasetError: no images, or some that may be defective.
@@ -103,7 +103,8 @@ def images_for(detector: Detector, folder: Path) -> tuple[tuple[Path, ...], str]
     facts = detector.provenance
     settings = facts.get("settings", {})
     seen = (facts.get("training_images", 0), facts.get("validation_images", 0))
-    if sum(seen) == len(dataset.train) and {"validation_fraction", "seed"} <= settings.keys():
+    is_known = facts.get("data") == dataset.name and sum(seen) == len(dataset.train)
+    if is_known and {"validation_fraction", "seed"} <= settings.keys():
         held_back = split_validation(dataset.train, settings["validation_fraction"], settings["seed"])[1]
         return held_back, f"the {len(held_back)} images of {folder} that training held back"
     count = len(dataset.train)
