@@ -202,8 +202,8 @@ def facts(layer: Layer, read: Tensor, weight: Tensor) -> dict[str, int | float |
 def chosen_tile(stated: Mapping[str, int | float | bool | str]) -> dict[str, int]:
     """The tile of the table's rules, with ``outputs`` and ``depth`` not many more than there are.
 
-    Where ``pixels`` is not 1, it is at least 16, as are ``outputs`` and the part of ``depth`` that a slice has: the least
-    that tensor cores multiply.
+    Where ``pixels`` is not 1, it is at least 16, as are ``outputs`` and the part of ``depth`` that a slice has: tensor
+    cores, as Triton uses them, multiply no less.
     """
     tile = table.choose("autoencoder", stated)
     least = 1 if tile["pixels"] == 1 else LEAST
