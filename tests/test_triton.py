@@ -102,6 +102,15 @@ MOST_COMPILATIONS = {
     "anomaly_map": {"_resize_and_score": 18, "_normalise_and_combine": 18},
     "preprocess": {"_antialias": 24, "_pillow": 24},
     "quantile": {"_count_digits": 9, "_select_digit": 3, "_interpolate": 1, "_count": 6},
+    # For four pairs of dtypes, three widths of tiles, and vectors or none.
+    "hard_feature_loss": {
+        "_count_digits_of_squares": 72,
+        "_select_digit": 3,
+        "_interpolate": 1,
+        "_add_selected": 24,
+        "_mean_of_parts": 1,
+        "_gradient_of_squares": 24,
+    },
 }
 
 

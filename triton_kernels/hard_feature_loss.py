@@ -25,6 +25,8 @@ from .quantile import _add_counts, _histogram, _keys, _share, select
 BLOCK = 4096  # numbers of a tile
 GRADIENT_BLOCK = 1024
 NARROW = (128, 16)  # columns of tiles where rows have fewer numbers than a tile
+UNIT = 16  # of columns and strides that are multiples of it: the compiler knows then, and loads vectors
+SIZES = ["rows", "columns", "teacher_stride", "student_stride"]
 
 
 class _Pairs(NamedTuple):
@@ -36,6 +38,17 @@ class _Pairs(NamedTuple):
     columns: int
     teacher_stride: int
     student_stride: int
+
+    @property
+    def unit(self) -> int:
+        """What columns and strides are multiples of, as far as it helps."""
+        multiples = (self.columns, self.teacher_stride, self.student_stride)
+        return UNIT if all(one % UNIT == 0 for one in multiples) else 1
+
+    def sizes(self) -> list[int]:
+        """Rows, columns and strides as the kernels take them."""
+        unit = self.unit
+        return [self.rows, self.columns // unit, self.teacher_stride // unit, self.student_stride // unit]
 
     def tiled(self, block: int) -> tuple[int, int]:
         """How many tiles of ``block`` numbers, and the columns of one."""
@@ -52,28 +65,32 @@ def _differences(
     columns,
     teacher_stride,
     student_stride,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """student - teacher of a tile in float32, which of its numbers there are, their rows and columns."""
-    across = tl.cdiv(columns, WIDTH)
+    """student - teacher of a tile in float32, which of its numbers there are, and where they are if rows touch."""
+    all_columns = tl.full((), columns, tl.int64) * UNIT
+    across = tl.cdiv(all_columns, WIDTH).to(tl.int32)
     lane = tl.arange(0, BLOCK)
     row = (tile // across).to(tl.int64) * (BLOCK // WIDTH) + lane // WIDTH
     column = (tile % across).to(tl.int64) * WIDTH + lane % WIDTH
-    taken = (row < rows) & (column < columns)
-    teacher = tl.load(teacher_ptr + row * teacher_stride + column, mask=taken, other=0).to(tl.float32)
-    student = tl.load(student_ptr + row * student_stride + column, mask=taken, other=0).to(tl.float32)
-    return student - teacher, taken, row, column
+    taken = (row < rows) & (column < all_columns)
+    teacher_at = row * (tl.full((), teacher_stride, tl.int64) * UNIT) + column
+    student_at = row * (tl.full((), student_stride, tl.int64) * UNIT) + column
+    teacher = tl.load(teacher_ptr + teacher_at, mask=taken, other=0).to(tl.float32)
+    student = tl.load(student_ptr + student_at, mask=taken, other=0).to(tl.float32)
+    return student - teacher, taken, row * all_columns + column
 
 
-@triton.jit(do_not_specialize=["rows", "all_tiles", "step"])
+@triton.jit(do_not_specialize=[*SIZES, "all_tiles", "step"])
 def _count_digits_of_squares(
     teacher_ptr,  # rows of columns numbers
     student_ptr,  # likewise
     workspace_ptr,  # of the quantile's contract
     rows,
-    columns,
-    teacher_stride,  # from row to row
+    columns,  # in units
+    teacher_stride,  # from row to row, in units
     student_stride,
     all_tiles,
     step,  # tiles that all programs of a slot read in a round
@@ -82,6 +99,7 @@ def _count_digits_of_squares(
     BITS: tl.constexpr,
     SLOTS: tl.constexpr,
     BINS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -90,8 +108,8 @@ def _count_digits_of_squares(
         counts = tl.zeros((BINS,), tl.int32)
         tile = part
         while tile < all_tiles:
-            difference, taken, _, _ = _differences(
-                teacher_ptr, student_ptr, tile, rows, columns, teacher_stride, student_stride, BLOCK, WIDTH
+            difference, taken, _ = _differences(
+                teacher_ptr, student_ptr, tile, rows, columns, teacher_stride, student_stride, UNIT, BLOCK, WIDTH
             )
             keys = _keys(difference * difference)
             counts += _histogram(keys, taken, prefix, DIGIT, SHIFT, BITS, BINS)
@@ -99,19 +117,20 @@ def _count_digits_of_squares(
         _add_counts(workspace_ptr, slot, counts, DIGIT, SLOTS, BINS)
 
 
-@triton.jit(do_not_specialize=["rows", "all_tiles", "step"], do_not_specialize_on_alignment=["threshold_ptr"])
+@triton.jit(do_not_specialize=[*SIZES, "all_tiles", "step"], do_not_specialize_on_alignment=["threshold_ptr"])
 def _add_selected(
     teacher_ptr,  # rows of columns numbers
     student_ptr,  # likewise
     threshold_ptr,  # one, float32
     parts_ptr,  # (2, PARTS), int64: of each part the bits of a float64 sum, and how many numbers it is of
     rows,
-    columns,
-    teacher_stride,  # from row to row
+    columns,  # in units
+    teacher_stride,  # from row to row, in units
     student_stride,
     all_tiles,
     step,  # tiles that all programs read in a round
     PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -121,8 +140,8 @@ def _add_selected(
     part = tl.program_id(0)
     tile = part
     while tile < all_tiles:
-        difference, taken, _, _ = _differences(
-            teacher_ptr, student_ptr, tile, rows, columns, teacher_stride, student_stride, BLOCK, WIDTH
+        difference, taken, _ = _differences(
+            teacher_ptr, student_ptr, tile, rows, columns, teacher_stride, student_stride, UNIT, BLOCK, WIDTH
         )
         squared = difference * difference
         selected = taken & (squared >= threshold)
@@ -151,7 +170,7 @@ def _mean_of_parts(
     tl.store(count_ptr, count)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["threshold_ptr", "count_ptr", "grad_loss_ptr"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["threshold_ptr", "count_ptr", "grad_loss_ptr"])
 def _gradient_of_squares(
     teacher_ptr,  # rows of columns numbers
     student_ptr,  # likewise
@@ -160,20 +179,21 @@ def _gradient_of_squares(
     grad_loss_ptr,  # one, float32
     gradient_ptr,  # rows of columns numbers, contiguous
     rows,
-    columns,
-    teacher_stride,  # from row to row
+    columns,  # in units
+    teacher_stride,  # from row to row, in units
     student_stride,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     count = tl.maximum(tl.load(count_ptr), 1)  # where it is 0 nothing is selected
     factor = (tl.load(grad_loss_ptr).to(tl.float64) / count.to(tl.float64)).to(tl.float32)
-    difference, taken, row, column = _differences(
-        teacher_ptr, student_ptr, tl.program_id(0), rows, columns, teacher_stride, student_stride, BLOCK, WIDTH
+    difference, taken, at = _differences(
+        teacher_ptr, student_ptr, tl.program_id(0), rows, columns, teacher_stride, student_stride, UNIT, BLOCK, WIDTH
     )
     # A difference that is not finite makes NaN of zero, as the contract says.
     gradient = tl.where(difference * difference >= tl.load(threshold_ptr), factor, 0.0) * (2 * difference)
-    tl.store(gradient_ptr + row * columns + column, gradient.to(gradient_ptr.dtype.element_ty), mask=taken)
+    tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=taken)
 
 
 def _row_stride(features: Tensor, axes: int) -> int | None:
@@ -222,8 +242,8 @@ def _loss_into(
     all_tiles, width = pairs.tiled(BLOCK)
     programs = min(all_tiles, contract.MOST_PARTS)
     for_quantile, parts = workspace[: quantile_contract.WORKSPACE], workspace[quantile_contract.WORKSPACE :]
-    sizes = [*pairs[2:], all_tiles, programs]
-    tile = {"BLOCK": BLOCK, "WIDTH": width}
+    sizes = [*pairs.sizes(), all_tiles, programs]
+    tile = {"UNIT": pairs.unit, "BLOCK": BLOCK, "WIDTH": width}
 
     def count_digits(slots: int, **constants: int) -> None:
         arguments = [*pairs[:2], for_quantile, *sizes]
@@ -268,8 +288,9 @@ def hard_feature_loss_gradient(
     gradient = contract.fake_gradient(teacher, student, threshold, count, grad_loss)
     pairs = _pairs(teacher, student)
     programs, width = pairs.tiled(GRADIENT_BLOCK)
-    arguments = [*pairs[:2], threshold, count, grad_loss, gradient, *pairs[2:]]
-    launch(_gradient_of_squares, programs, teacher.device, arguments, BLOCK=GRADIENT_BLOCK, WIDTH=width, num_warps=4)
+    arguments = [*pairs[:2], threshold, count, grad_loss, gradient, *pairs.sizes()]
+    tile = {"UNIT": pairs.unit, "BLOCK": GRADIENT_BLOCK, "WIDTH": width}
+    launch(_gradient_of_squares, programs, teacher.device, arguments, **tile, num_warps=4)
     return gradient
 
 
