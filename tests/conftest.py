@@ -14,6 +14,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.mend()
+    # It takes as long for a small tile as for a large one. Tiles that ship are tried in test_triton_kernels.py.
+    os.environ["EFFICIENTAD_FAST_TILES"] = str(ROOT / "tests" / "interpreter_tiles.json")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

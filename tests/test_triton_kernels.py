@@ -19,6 +19,7 @@ from efficientad_fast import ops
 from efficientad_fast.ops import anomaly_map as maps_contract
 from efficientad_fast.ops import conv_pool as conv_contract
 from efficientad_fast.ops import feature_distance as distance_contract
+from efficientad_fast.ops import hard_feature_loss as loss_contract
 from efficientad_fast.ops import quantile as quantile_contract
 from efficientad_fast.reference.preprocess import preprocess as preprocess_one
 
@@ -187,6 +188,42 @@ def test_quantile_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel("quantile", "out")(values, fractions, out=out, workspace=workspace)
     assert_close(out, quantile_contract.reference(values, fractions), EXACT)
     for fence in (memory, room):
+        assert_fence_stands(fence, FENCE)
+
+
+@pytest.mark.parametrize("shape", [(1, 130, 9, 11), (1, 3, 41, 43), (3, 2, 73, 59)], ids=["wide", "narrow", "plain"])
+def test_hard_feature_loss_in_several_rounds(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than programs, whichever of the three widths tiles have; what is around the features is NaN."""
+    monkeypatch.setattr(loss_contract, "MOST_PARTS", 2)
+    images, channels, *size = shape
+    layout = torch.contiguous_format if images > 1 else CHANNELS_LAST
+    teacher = fenced(random_features(*shape).float().contiguous(memory_format=layout), math.nan)[0]
+    both = random_features(images, 2 * channels, *size).float().contiguous(memory_format=layout)
+    both[:, channels:] = math.nan
+    student = both[:, :channels]
+    results, memories = zip(
+        *(
+            fenced(torch.zeros((), dtype=one, device=DEVICE), FENCE)
+            for one in (torch.float32, torch.float32, torch.int64)
+        ),
+        strict=True,
+    )
+    workspace, room = fenced(torch.empty(loss_contract.WORKSPACE, dtype=torch.int64, device=DEVICE), FENCE)
+    names = ("loss", "threshold", "count")
+    kernel("hard_feature_loss", "out")(
+        teacher, student, 0.9, workspace=workspace, **dict(zip(names, results, strict=True))
+    )
+    expected = loss_contract.reference(teacher, student, 0.9)
+    for actual, trusted, allowed in zip(
+        results, expected, (tolerance("loss", torch.float32), EXACT, EXACT), strict=True
+    ):
+        assert_close(actual, trusted, allowed)
+    gradient, memory = fenced(torch.empty(shape, device=DEVICE).contiguous(memory_format=layout), FENCE)
+    expected_gradient = loss_contract.reference_gradient(teacher, student, *expected[1:], expected[0])
+    monkeypatch.setattr(loss_contract, "fake_gradient", lambda *given: gradient)  # what it allocates
+    kernel("hard_feature_loss", "gradient")(teacher, student, *expected[1:], expected[0])
+    assert_close(gradient, expected_gradient, tolerance("hard_feature_loss", torch.float32))
+    for fence in (*memories, room, memory):
         assert_fence_stands(fence, FENCE)
 
 

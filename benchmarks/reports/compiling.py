@@ -412,10 +412,6 @@ class TritonCompiler:
                     found.append(compilation(name, launch, architecture, f"{module}.py", heavy))
         return found
 
-    def compile(self, module: str, architecture: str) -> list[Kernel]:
-        """What the representative calls of a module run, each kernel once."""
-        return [self.compiled(one) for one in distinct(self.representative(module, architecture))]
-
     def compile_launch(self, name: str, launch: Any, architecture: str) -> Kernel:
         """What a `launching.Launch` would have run."""
         return self.compiled(compilation(name, launch, architecture))

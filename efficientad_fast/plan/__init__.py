@@ -60,9 +60,9 @@ _warned: set[str] = set()
 def build_plan(source: PlanInput, device: torch.device, dtype: torch.dtype, *, backend: Backend = "auto") -> Plan:
     """The plan for a device and dtype. ``backend`` forces one; ``auto`` takes the fastest that works there.
 
-    A :class:`MixedPlan` on a GPU is tried on one image beside the networks in float32 first, for its kernels were
-    made without a GPU at hand (in float8, beside its operators' references). Where it fails, and where a GPU is too old for it or lacks Triton, plain PyTorch runs,
-    and a RuntimeWarning says why, once.
+    A :class:`MixedPlan` on a GPU is tried on one image first, beside the networks in float32 (in float8, beside its
+    operators' references), for its kernels were made without a GPU at hand. Where it fails, and where a GPU is too old
+    for it or lacks Triton, plain PyTorch runs, and a RuntimeWarning says why, once.
 
     Raises:
         InputError: unknown backend, or float8 without activations; BackendError: the plan that was forced does not work
@@ -161,7 +161,7 @@ def _why_broken(plan: MixedPlan, source: PlanInput) -> str | None:
     if all(error <= limit for error in errors):
         return None
     shown = ", ".join(f"{error:.1e}" for error in errors)
-    return f"the maps in {dtype} are wrong on this GPU: they differ from the expected ones by {shown} of their norm, over {limit}"
+    return f"the maps in {dtype} are wrong on this GPU: they are off by {shown} of their norm, and {limit} is the limit"
 
 
 def _warn_once(sentence: str) -> None:

@@ -241,7 +241,8 @@ class Plan(ABC):
             InputError: a preprocessing of another size.
         """
         self._check_size(preprocessing)
-        results = self.run(preprocessing.batch(images), _sizes(images), original_maps=original_maps)
+        batch = preprocessing.batch(images) if images else torch.empty(0, 3, *self.size)
+        results = self.run(batch, _sizes(images), original_maps=original_maps)
         return Pending(lambda: results)
 
     def _check_size(self, preprocessing: ImagePreprocessing) -> None:
