@@ -17,6 +17,7 @@ from torch import Tensor
 
 from efficientad_fast import ops
 from efficientad_fast.ops import anomaly_map as maps_contract
+from efficientad_fast.ops import autoencoder as autoencoder_contract
 from efficientad_fast.ops import conv_pool as conv_contract
 from efficientad_fast.ops import feature_distance as distance_contract
 from efficientad_fast.ops import hard_feature_loss as loss_contract
@@ -262,3 +263,56 @@ def test_conv_pool_writes_its_outputs_alone(options: dict[str, Any], capability:
         kernel("conv_pool", "mixed")(padded[:, :, 1:-1, 1:-1], weight, out=out, **options)
     assert_close(out, expected, tolerance("conv_pool, mixed", torch.float16))
     assert_fence_stands(memory, FENCE)
+
+
+@pytest.mark.parametrize(
+    "tile", [rule["tile"] for rule in ops.tiles()["autoencoder"]], ids=lambda tile: "-".join(map(str, tile.values()))
+)
+def test_every_tile_that_ships_makes_layers_of_the_autoencoder(tile: dict[str, int]) -> None:
+    """Tiles reach over the last pixel, output and product, and from one image into the next."""
+    from efficientad_fast.triton_kernels import autoencoder as module
+    from efficientad_fast.triton_kernels import tiles
+
+    single = tile["pixels"] == 1
+    encoded, decoded, outputs = ((5, 3), (3, 2), 5) if single else ((13, 11), (11, 6), 40)
+    encoding = autoencoder_contract.Layer(4, 2, 1, False, True, encoded)
+    # Larger in one direction and smaller in the other.
+    size = (2, 3) if single else (5, 8)
+    decoding = autoencoder_contract.Layer(3, 1, 1, True, False, decoded)
+    for layer, given, channels in ((encoding, encoded, 32), (decoding, size, 64), (decoding, size, 24)):
+        read, _ = fenced(random_features(3, channels, *given), math.nan)
+        weight = random_features(outputs, channels, layer.kernel, layer.kernel) / channels
+        bias = torch.rand(outputs, generator=GENERATOR).to(DEVICE)
+        out, memory = fenced(random_features(3, outputs, *layer.out_size), FENCE)
+        with tiles.forced("autoencoder", module.facts(layer, read, weight), tile):
+            module._launch(layer, read, weight, bias, out)
+        resized = read.double()
+        if layer.resized:
+            resized = torch.nn.functional.interpolate(resized, layer.size, mode="bilinear").half().double()
+        options = {"stride": layer.stride, "padding": layer.padding}
+        expected = torch.nn.functional.conv2d(resized, weight.double(), bias.double(), **options)
+        expected = expected.relu() if layer.relu else expected
+        assert_close(out, expected, tolerance("conv_pool, mixed", torch.float16))
+        assert_fence_stands(memory, FENCE)
+
+
+def test_autoencoder_of_all_channels_in_a_workspace_of_just_the_size() -> None:
+    image_size, size = (256, 256), (56, 56)
+    image = random_features(1, 4, *image_size)
+    read = (4, *autoencoder_contract.CHANNELS[:-1])
+    weights, biases = [], []
+    layers = autoencoder_contract.layers(image_size, size)
+    for layer, channels, outputs in zip(layers, read, autoencoder_contract.CHANNELS, strict=True):
+        # With which outputs are about as large as inputs.
+        weights.append(random_features(outputs, channels, layer.kernel, layer.kernel))
+        weights[-1] *= math.sqrt(6 / (channels * layer.kernel**2))
+        biases.append(0.1 * torch.rand(outputs, generator=GENERATOR).to(DEVICE))
+    numbers = autoencoder_contract.mixed_workspace_size(1, image_size, size)
+    workspace, room = fenced(torch.full((numbers,), math.nan, dtype=torch.float16, device=DEVICE), FENCE)
+    out, memory = fenced(random_features(1, 64, *size), FENCE)
+    kernel("autoencoder", "mixed")(image, weights, biases, out=out, workspace=workspace)
+    exact, exact_biases = ([one.double() for one in given] for given in (weights, biases))
+    expected = autoencoder_contract.compute_mixed(image.double(), exact, exact_biases, size, torch.float16)
+    assert_close(out, expected, tolerance("autoencoder, mixed", torch.float16))
+    for fence in (room, memory):
+        assert_fence_stands(fence, FENCE)

@@ -88,13 +88,12 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("autoencoder", torch.float32): Tolerance(1e-5, 1e-5, 5e-6, f"{_SUMS}, some by F(4x4, 4x4)"),
     ("autoencoder, F(6x6, 4x4)", torch.float32): Tolerance(5e-5, 5e-5, 2e-5, f"{_SUMS}, some by F(6x6, 4x4)"),
     ("autoencoder, mixed", torch.float32): Tolerance(3e-6, 3e-6, 1e-6, _SUMS),
-    # Sums in float32, rounded as the expected ones are: few fall to the other side, and more of them layer by layer.
-    ("autoencoder, mixed", torch.float16): Tolerance(2e-3, 2e-3, 8e-4, f"{_ROUNDED}, the last to eps beside float64"),
-    ("autoencoder, mixed", torch.bfloat16): Tolerance(
-        1.6e-2, 8e-3, 6e-3, f"{_ROUNDED}, the last to eps beside float64"
-    ),
+    # The expected activations are rounded too; a few sums fall to the other side, and lead more of the next layer's to,
+    # until in 13 layers of all channels it is as much as if they were not.
+    ("autoencoder, mixed", torch.float16): Tolerance(2e-3, 5e-3, 1e-3, _ROUNDED),
+    ("autoencoder, mixed", torch.bfloat16): Tolerance(1.6e-2, 4e-2, 8e-3, _ROUNDED),
     ("autoencoder, mixed", torch.float8_e4m3fn): Tolerance(
-        6.5e-2, 5e-3, 4e-2, "rounded once to half of 1/8, activations before in float16 or bfloat16"
+        6.5e-2, 2e-2, 4e-2, "rounded once to half of 1/8, activations before in float16 or bfloat16"
     ),
     ("packed weights", torch.float32): Tolerance(1.2e-7, 1e-12, 6e-8, "float64, rounded once"),
     ("unpacked weights", torch.float64): Tolerance(1e-6, 3e-7, 3e-7, "packed weights were rounded once"),
