@@ -23,6 +23,7 @@ from operator_cases import Case, cases, cases_module
 
 from efficientad_fast import ops
 from efficientad_fast.errors import InputError
+from efficientad_fast.reference.networks import feature_size
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -195,6 +196,41 @@ def test_few_compilations_serve_all_sizes_of_a_convolution(channels: int, most: 
             conv_pool_mixed(image, weight, pool=True, out=out)
         compilations.add(launches)
     assert compilations.counts()["_conv_pool"] <= most, compilations.counts()
+
+
+@compiled_kernels
+@pytest.mark.parametrize("capability", [8.0, 9.0])
+def test_few_compilations_serve_all_images_of_the_autoencoder(capability: float) -> None:
+    """Of 13 layers there are 7 kinds, each in a tile or more for small and large batches, and no more for sizes."""
+    from efficientad_fast.triton_kernels import launching
+    from efficientad_fast.triton_kernels.autoencoder import autoencoder_mixed
+
+    from efficientad_fast.ops import autoencoder
+
+    def on_meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+
+    compilations = Compilations()
+    read = (4, *autoencoder.CHANNELS[:-1])
+    for images, height, width in itertools.product((1, 2, 5, 16, 32), (256, 291), (256, 320, 517)):
+        size = feature_size((height, width))
+        layers = autoencoder.layers((height, width), size)
+        weights = [
+            on_meta(outputs, channels, layer.kernel, layer.kernel)
+            for layer, channels, outputs in zip(layers, read, autoencoder.CHANNELS, strict=True)
+        ]
+        numbers = autoencoder.mixed_workspace_size(images, (height, width), size)
+        with launching.recorded() as launches, launching.as_if_on(capability):
+            autoencoder_mixed(
+                on_meta(images, 4, height, width),
+                weights,
+                [torch.empty(outputs, device="meta") for outputs in autoencoder.CHANNELS],
+                out=on_meta(images, autoencoder.CHANNELS[-1], *size),
+                workspace=torch.empty(numbers, dtype=torch.float16, device="meta"),
+            )
+        assert len(launches) == autoencoder.LAYERS
+        compilations.add(launches)
+    assert compilations.counts()["_convolve"] <= 20, compilations.counts()
 
 
 def test_launches_are_made_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
