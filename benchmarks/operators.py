@@ -49,13 +49,14 @@ def measure(
     trusted: Callable[..., tuple[Tensor, ...]] | None = None,
     rivals_tolerance: Tolerance | None = None,
     quantity: str = "",
+    overload: str = "out",
     rounds: int = 200,
 ) -> None:
     """Times one runner on a workload, after checking its results against what is trusted.
 
     Args:
         runner: of `RUNNERS`.
-        operator: its name in the catalogue; what is timed is its overload that writes into given outputs.
+        operator: its name in the catalogue; what is timed is its ``overload``, which writes into given outputs.
         workload: says sizes and batch; names the group with the operator and the device.
         composition: what users write with PyTorch's own operators, from the inputs and constants to the outputs.
         call: given the operator's overload and the tensors for its results, calls it.
@@ -73,7 +74,7 @@ def measure(
     if implementation in RIVALS:
         run = _run_rival(implementation, composition, given)
     else:
-        run = _run(implementation, device, operator, call, placed, results)
+        run = _run(implementation, device, f"{operator}.{overload}", call, placed, results)
     expected = (trusted or composition)(*given)
     actual = run() or results
     for one, other in zip(actual, expected, strict=True):
@@ -115,16 +116,15 @@ def _run_rival(
 def _run(
     implementation: str,
     device: str,
-    operator: str,
+    overload: str,
     call: Callable[[Callable[..., Any], tuple[Tensor, ...]], None],
     placed: Sequence[Tensor],
     results: tuple[Tensor, ...],
 ) -> Callable[[], tuple[Tensor, ...] | None]:
     known: ops.Implementation = implementation
     ops.load()
-    overload = f"{operator}.out"
     if known not in ops.implementations() or not ops.has_kernel(known, overload, device.upper()):
-        pytest.skip(f"this installation has no {known} kernel of {operator}")
+        pytest.skip(f"this installation has no {known} kernel of {overload}")
     function = ops.resolve(f"{ops.NAMESPACE}_{known}", overload)
     return lambda: call(functools.partial(function, *placed), results)
 

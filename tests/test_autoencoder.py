@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from assertions import assert_close
@@ -31,6 +33,10 @@ def test_it_is_the_network_but_for_the_last_convolution(image_size: tuple[int, i
     ops.load()
     hidden = torch.ops.efficientad_fast.autoencoder(channels_last(image), weights, biases, list(size))
 
+    numbers = autoencoder.mixed_workspace_size(1, image_size, size)
+    mixed, narrow_room = written(tuple(hidden.shape)), torch.full((numbers,), math.nan)
+    torch.ops.efficientad_fast.autoencoder.mixed(image, weights, biases, out=mixed, workspace=narrow_room)
+
     packed = [
         torch.ops.efficientad_fast.conv_pool.pack(weight, algorithm="direct" if index < 6 else "auto")
         for index, weight in enumerate(weights)
@@ -40,8 +46,40 @@ def test_it_is_the_network_but_for_the_last_convolution(image_size: tuple[int, i
 
     last = network.double().decoder.deconv8
     expected = network(image.double())
-    for result in (hidden, out):
+    for result in (hidden, out, mixed):
         assert_close(last(result.double()), expected, tolerance("autoencoder", torch.float32))
+
+
+def test_a_fourth_channel_of_zeros_changes_nothing() -> None:
+    weights, biases = parameters(Autoencoder(7).eval())
+    image, size = signed((2, 3, 256, 259), 0).half(), (9, 7)
+    room = torch.empty(autoencoder.mixed_workspace_size(2, (256, 259), size), dtype=torch.float16)
+    three, four = (written((2, autoencoder.CHANNELS[-1], *size), torch.float16) for _ in range(2))
+    weights = [one.half() for one in weights]
+    ops.load()
+    torch.ops.efficientad_fast.autoencoder.mixed(image, weights, biases, out=three, workspace=room)
+    image, weights[0] = (nn.functional.pad(one, (0, 0, 0, 0, 0, 1)) for one in (image, weights[0]))
+    torch.ops.efficientad_fast.autoencoder.mixed(image, weights, biases, out=four, workspace=room)
+    assert_close(four, three, tolerance("autoencoder, mixed", torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("images", "image_size", "size", "parts"),
+    [
+        # What enconv1 and deconv6 write, which is the most in turn.
+        (1, (256, 256), (56, 56), (128 * 128 * 32, 128 * 128 * 64)),
+        (3, (256, 256), (56, 56), (3 * 128 * 128 * 32, 3 * 128 * 128 * 64)),
+        (1, (257, 259), (300, 300), (128 * 129 * 32, 128 * 129 * 64)),  # not what deconv7 writes, the result
+        (0, (256, 256), (56, 56), (0, 0)),
+    ],
+)
+def test_workspace_of_mixed(
+    images: int, image_size: tuple[int, int], size: tuple[int, int], parts: tuple[int, int]
+) -> None:
+    assert autoencoder.mixed_parts(images, image_size, size) == parts
+    assert autoencoder.mixed_workspace_size(images, image_size, size) == sum(parts)
+    odd, even = autoencoder.mixed_parts(1, (257, 331), size, (1,) * 13)
+    assert odd % 16 == even % 16 == 0
 
 
 @pytest.mark.parametrize(

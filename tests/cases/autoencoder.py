@@ -134,7 +134,7 @@ CASES = [
     case("no longer than the last step", 1, (256, 256), (128, 128), ENOUGH),
     case("prime sides", 1, (257, 331), (57, 75)),
     case("just below the next step", 1, (319, 287), (72, 64), ENOUGH),
-    case("three images of more than a pixel inside", 3, (256, 300), (56, 67)),
+    case("three images, more than one place inside", 3, (256, 300), (56, 67)),
     case("planes first", 2, (256, 256), (9, 7), change=planes_first),
     case("turned", 1, (256, 259), (9, 7), change=turned),
     case("some channels", 2, (256, 257), (9, 7), change=some_channels),
