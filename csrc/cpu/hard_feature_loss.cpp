@@ -1,5 +1,5 @@
-// hard_feature_loss on the CPU: the quantile's two passes over squares that are made of both tensors each time, then one
-// that adds those that reach it. Blocks are added in their order, whatever thread had them.
+// hard_feature_loss on the CPU: the quantile's two passes over squares that are made of both tensors each time, then
+// one that adds those that reach it. Blocks are added in their order, whatever thread had them.
 
 #include "hard_feature_loss.h"
 
@@ -44,7 +44,8 @@ bool has_channels_innermost(const Tensor& student) {
 // Both tensors in the order in which the gradient lies in memory, in runs in which neither has an index to be computed.
 class Pairs {
  public:
-  Pairs(const Tensor& teacher, const Tensor& student) : numbers_(teacher.numel()), sides_{Side(teacher), Side(student)} {
+  Pairs(const Tensor& teacher, const Tensor& student)
+      : numbers_(teacher.numel()), sides_{Side(teacher), Side(student)} {
     const auto order = has_channels_innermost(student) ? std::array{0, 2, 3, 1} : std::array{0, 1, 2, 3};
     sizes_.fill(1);
     int axis = kAxes;  // the outermost so far of the merged ones, which are filled from the innermost
