@@ -409,7 +409,7 @@ def _tell_emulated(dtype: torch.dtype, device: str) -> None:
     from efficientad_fast.detector import is_emulated
 
     if is_emulated(dtype, device):
-        console.print("float8 is emulated on a CPU: about a second an image.", soft_wrap=True)
+        console.print("float8 is emulated on a CPU, whose time says nothing of a GPU's.", soft_wrap=True)
 
 
 @app.command()
@@ -424,7 +424,7 @@ def calibrate(
     """Estimate a detector's quantiles and threshold in another precision; float8 cannot do without.
 
     Of a data set, its validation images are taken, or those that training held back. On a CPU, float8 is emulated,
-    which is slow and gives the same numbers but for the order of sums.
+    with the same numbers as on a GPU but for the order of sums.
     """
     from efficientad_fast.detector import Detector, dtype_name
     from efficientad_fast.training.calibrate import calibration_dtype, images_for

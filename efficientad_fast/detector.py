@@ -467,9 +467,9 @@ class Detector:
     ) -> Detector:
         """A copy with quantiles and threshold estimated in ``dtype``, as training estimates those of float32.
 
-        In float8 the images go through the networks twice: the first time in float32, for the activations that the
-        scales are made from. Memory does not grow with their number. Without a GPU, float8 is emulated: slow, and
-        the same numbers but for the order of sums.
+        In float8 the images go through the networks twice: the first time in float16, for the activations that the
+        scales are made from. Memory does not grow with their number. On a CPU, float8 is emulated: the same numbers as
+        on a GPU but for the order of sums.
 
         Args:
             images: good ones that the detector was not trained on: a folder (a data set's: its validation images, or
