@@ -162,7 +162,7 @@ def _conv_pool(
 
     output = first_output + tl.arange(0, OUTPUTS)
     is_output = output < last_output
-    y, x = pixels_of_tile(row, column, width, 0, ROWS, COLUMNS, LOADS)
+    y, x = pixels_of_tile(row, column, width, ROWS, COLUMNS, LOADS)
     sums = _made(sums, scale_ptr, bias_ptr, output, is_output, y, x, made_height, made_width, RELU, POOL_PADDING)
     if LOADS == 0 and ROWS == 2:
         y_below = y + 1
@@ -175,12 +175,12 @@ def _conv_pool(
         if LOADS == 0:
             pairs = (sums + sums_below).reshape(COLUMNS // 2, 2, OUTPUTS)
             sums = tl.sum(pairs, 1) * 0.25
-            y, x = pixels_of_tile(row_tile, column_tile * (COLUMNS // 2), 1, 0, 1, COLUMNS // 2, 0)
+            y, x = pixels_of_tile(row_tile, column_tile * (COLUMNS // 2), 1, 1, COLUMNS // 2, 0)
         else:
             quads = sums.reshape(ROWS // 2, 2, COLUMNS // 2, 2, OUTPUTS)
             sums = tl.sum(tl.sum(quads, 3), 1).reshape(ROWS * COLUMNS // 4, OUTPUTS) * 0.25
             first_row = row_tile * (ROWS // 2)
-            y, x = pixels_of_tile(first_row, column_tile * (COLUMNS // 2), 1, 0, ROWS // 2, COLUMNS // 2, 2)
+            y, x = pixels_of_tile(first_row, column_tile * (COLUMNS // 2), 1, ROWS // 2, COLUMNS // 2, 2)
         _write(out_ptr, sums, output, is_output, y, x, out_height, out_width, GROUPS * GROUP_OUTPUTS)
     else:
         _write(out_ptr, sums, output, is_output, y, x, out_height, out_width, GROUPS * GROUP_OUTPUTS)

@@ -199,7 +199,7 @@ def _feature_distance(
     squares = _squares(sums, scale_ptr, bias_ptr, output, OUTPUTS_IN_ALL)
     out_ptr += image.to(tl.int64) * out_height * out_width
     sums_ptr += image.to(tl.int64) * out_height * out_width
-    y, x = pixels_of_tile(row, column, first_width, 0, ROWS, COLUMNS, FIRST_LOADS)
+    y, x = pixels_of_tile(row, column, first_width, ROWS, COLUMNS, FIRST_LOADS)
     # By 64 bits, for all parts' sums may be more than 32 can count.
     part_of = tl.full((), pixels, tl.int64)
     _write(out_ptr, sums_ptr, squares, y, x, out_height, out_width, part, part_of, OUTPUTS_IN_ALL, PARTS)

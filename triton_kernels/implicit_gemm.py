@@ -62,19 +62,23 @@ def pixels_of_tile(
     tile_row,
     tile_column,
     line_length,  # pixels of a row of the line
-    BELOW: tl.constexpr,  # the second row
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LOADS: tl.constexpr,
 ):
-    """Rows and columns of what a convolution makes that the sums stand for, from the tile's first one."""
+    """Rows and columns of what a convolution makes that the sums stand for; by rows, those of the tile's first row."""
     if LOADS == 1:
         place = tile_column + tl.arange(0, ROWS * COLUMNS)
-        return place // line_length, place % line_length
-    if LOADS == 0:
-        return tile_row + BELOW + tl.zeros((COLUMNS,), tl.int32), tile_column + tl.arange(0, COLUMNS)
-    pixel = tl.arange(0, ROWS * COLUMNS)
-    return tile_row + pixel // COLUMNS, tile_column + pixel % COLUMNS
+        y = place // line_length
+        x = place % line_length
+    elif LOADS == 0:
+        y = tl.zeros((COLUMNS,), tl.int32) + tile_row
+        x = tile_column + tl.arange(0, COLUMNS)
+    else:
+        pixel = tl.arange(0, ROWS * COLUMNS)
+        y = tile_row + pixel // COLUMNS
+        x = tile_column + pixel % COLUMNS
+    return y, x
 
 
 @triton.jit
