@@ -10,7 +10,7 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -133,7 +133,11 @@ class StandInCuda:
         return self.capturing
 
 
-def small_work(cuda: StandInCuda, target: Tensor, layers: tuple[str, ...]) -> Work:
+class SmallWork(Work):
+    make: Callable[[], Launches]
+
+
+def small_work(cuda: StandInCuda, target: Tensor, layers: tuple[str, ...]) -> SmallWork:
     """Steps that say their names, and add their numbers to ``target``."""
 
     def made() -> Launches:
@@ -148,15 +152,17 @@ def small_work(cuda: StandInCuda, target: Tensor, layers: tuple[str, ...]) -> Wo
 
         return Launches(None, [step(number, layer) for number, layer in enumerate(layers)])
 
-    return Work(made)
+    work = SmallWork()
+    work.make = made
+    return work
 
 
 LAYERS = ("conv1", "autoencoder", "map_st", "map_ae")
 
 
-def run(turns: GraphTurns, work: Work) -> None:
+def run(turns: GraphTurns, work: SmallWork) -> None:
     with turns.turn():
-        turns.run(work)
+        turns.run(work, work.make)
 
 
 def test_launched_first_then_captured_then_replayed() -> None:
@@ -209,7 +215,7 @@ def test_graphs_share_a_pool_while_there_are_some() -> None:
     turns = GraphTurns(CPU, cuda)
     works = [small_work(cuda, torch.zeros(1), LAYERS) for _ in range(3)]
 
-    def captured(work: Work) -> str:
+    def captured(work: SmallWork) -> str:
         cuda.log.clear()
         for _ in range(2):
             run(turns, work)
@@ -353,8 +359,7 @@ def decoded(seed: int, *sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator).movedim(2, 0) for size in sizes]
 
 
-@pytest.mark.parametrize("original_maps", [False, True])
-@pytest.mark.parametrize("convention", ["resized", "native"])
+@pytest.mark.parametrize(("convention", "original_maps"), [("resized", False), ("resized", True), ("native", False)])
 def test_submitted_images(plain: PlanInput, cuda: StandInCuda, convention: str, original_maps: bool) -> None:
     planned = replace(plain, map_convention=convention)
     plan, expected = MixedPlan(planned, CPU, torch.float16, cuda=cuda), MixedPlan(planned, CPU, torch.float16)

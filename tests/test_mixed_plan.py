@@ -6,12 +6,16 @@ What it does beside its numbers on a GPU stands in test_graphs.py.
 from __future__ import annotations
 
 import functools
+import gc
+import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +27,7 @@ from tolerances import EXACT, tolerance
 from torch import Tensor, nn
 
 import efficientad_fast.plan as planning
-from efficientad_fast import ops
+from efficientad_fast import native, ops
 from efficientad_fast.detector import Preprocessing
 from efficientad_fast.errors import BackendError, InputError
 from efficientad_fast.ops import conv_pool
@@ -298,8 +302,8 @@ def test_statistics_of_a_call_are_folded_where_their_values_differ_from_the_last
     plain: PlanInput, plan: MixedPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folded: list[tuple[Tensor, Tensor]] = []
-    refold = plan._refolded._make
-    monkeypatch.setattr(plan._refolded, "_make", lambda *given: (folded.append(given), refold(*given)))
+    refold = plan._refold
+    monkeypatch.setattr(plan, "_refold", lambda *given: (folded.append(given), refold(*given)))
     own = plan.raw_maps(images())
     other = (plain.teacher_mean + 0.3, 1.7 * plain.teacher_std)
     expected = mixed(replace(plain, teacher_mean=other[0], teacher_std=other[1])).raw_maps(images())
@@ -348,6 +352,23 @@ def test_results_are_the_callers_own(plan: MixedPlan) -> None:
         one.zero_()
     with torch.inference_mode():
         assert_maps(plan.raw_maps(images(seed=1)), tuple(kept))
+
+
+def test_a_plan_that_nobody_has_any_more_is_gone_at_once(plain: PlanInput) -> None:
+    """Memory of a GPU does not wait for Python's garbage collection."""
+    found = [MixedPlan(plain, CPU, torch.float16)]
+    if native.is_built("cpu"):
+        found.append(OperatorPlan(plain, CPU, torch.float32))
+    for plan in found:
+        plan.raw_maps(images(), statistics=(plain.teacher_mean, plain.teacher_std))
+    left = [weakref.ref(plan) for plan in found]
+    gc.disable()
+    try:
+        del plan
+        found.clear()
+        assert [one() for one in left] == [None] * len(left)
+    finally:
+        gc.enable()
 
 
 def test_memory(plan: MixedPlan) -> None:
@@ -491,6 +512,13 @@ def test_the_trial_of_a_plan_finds_broken_kernels(
 # In Triton's interpreter
 
 
+# The interpreter takes as long for a small tile as for a large one; those that ship, test_triton_kernels.py tries.
+LARGE_TILES = {
+    "conv_pool": {"rows": 16, "columns": 64, "outputs": 256, "depth": 128, "warps": 4, "stages": 3},
+    "feature_distance": {"rows": 8, "columns": 64, "outputs": 64, "depth": 256, "warps": 4, "stages": 3},
+    "autoencoder": {"pixels": 1024, "outputs": 64, "depth": 256, "slices": 1, "warps": 4, "stages": 3},
+}
+
 IN_THE_INTERPRETER = """
 import torch
 from plan_cases import CPU, images, source
@@ -500,7 +528,8 @@ from test_mixed_plan import kernels_missing
 assert not kernels_missing(), kernels_missing()
 plan = MixedPlan(source(), CPU, torch.float16, namespace="efficientad_fast_triton")
 scores, maps = plan.run(images(), [(256, 256)])
-torch.save((plan.raw_maps(images()), scores, maps), {path!r})
+[entry] = plan._entries.values()
+torch.save((tuple(entry.buffers.raw), scores, maps), {path!r})
 """
 
 
@@ -510,15 +539,16 @@ def kernels_missing() -> list[str]:
     return [name for name in OPERATORS if not ops.has_kernel("triton", name, "CPU")]
 
 
-def test_an_image_from_end_to_end_in_the_interpreter(plain: PlanInput, tmp_path: Any) -> None:
+def test_an_image_from_end_to_end_in_the_interpreter(plain: PlanInput, tmp_path: Path) -> None:
     ops.load()
     if missing := kernels_missing():
         pytest.skip(f"Triton is not installed, or has no kernel of {', '.join(missing)}")
-    path = str(tmp_path / "maps.pt")
+    path, table = str(tmp_path / "maps.pt"), tmp_path / "tiles.json"
+    table.write_text(json.dumps({kernel: [{"when": {}, "tile": tile}] for kernel, tile in LARGE_TILES.items()}))
     run = subprocess.run(
         [sys.executable, "-c", IN_THE_INTERPRETER.format(path=path)],
         cwd=ROOT / "tests",
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "EFFICIENTAD_FAST_TILES": str(table)},
         capture_output=True,
         text=True,
         check=False,

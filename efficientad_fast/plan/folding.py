@@ -275,11 +275,10 @@ class Refolded(Generic[_Made]):
     Drop-in callers pass statistics each time. For one thread at a time.
     """
 
-    def __init__(self, make: Callable[[Tensor | None, Tensor | None], _Made]) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self._kept: tuple[Statistics, Statistics, tuple[int | None, ...], _Made] | None = None
 
-    def get(self, statistics: Statistics) -> _Made:
+    def get(self, statistics: Statistics, make: Callable[[Tensor | None, Tensor | None], _Made]) -> _Made:
         versions = tuple(map(_version, statistics))
         if self._kept is not None:
             values, given, known, made = self._kept
@@ -288,7 +287,7 @@ class Refolded(Generic[_Made]):
                 self._kept = (values, statistics, versions, made)
                 return made
         with ordinary_tensors():
-            made = self._make(*statistics)
+            made = make(*statistics)
             mean, std = (None if one is None else one.detach().clone() for one in statistics)
         self._kept = ((mean, std), statistics, versions, made)
         return made

@@ -65,14 +65,9 @@ class Launches(NamedTuple):
 
 
 class Work:
-    """What is run again and again for one shape of batch.
+    """What is known of something that is run again and again for one shape of batch."""
 
-    Args:
-        make: binds it to buffers. Activations are made there, so that those of a graph come from the graphs' pool.
-    """
-
-    def __init__(self, make: Callable[[], Launches]) -> None:
-        self.make = make
+    def __init__(self) -> None:
         self.launches: Launches | None = None
         self.graph: Any = None
         self.has_run = False
@@ -90,10 +85,15 @@ class Turns:
         with self._lock:
             yield
 
-    def run(self, work: Work) -> None:
-        """In a turn."""
+    def run(self, work: Work, make: Callable[[], Launches]) -> None:
+        """In a turn.
+
+        Args:
+            make: binds the work to buffers. Activations are made there, so that those of a graph come from the graphs'
+                pool.
+        """
         if work.launches is None:
-            work.launches = work.make()
+            work.launches = make()
         work.launches.one_by_one()
 
     def is_captured_by_caller(self) -> bool:
@@ -141,13 +141,13 @@ class GraphTurns(Turns):
                 last.record(current)
                 self._last = last
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Work, make: Callable[[], Launches]) -> None:
         if work.graph is None and work.has_run and self._works:
-            work.graph = self._captured(work)
+            work.graph = self._captured(make)
         if work.graph is not None:
             work.graph.replay()
             return
-        work.make().one_by_one()
+        make().one_by_one()
         work.has_run = True
 
     def is_captured_by_caller(self) -> bool:
@@ -158,12 +158,12 @@ class GraphTurns(Turns):
         if self._last is not None:
             self._last.synchronize()
 
-    def _captured(self, work: Work) -> Any:
-        """A graph of it, or None where there can be none, now or ever."""
+    def _captured(self, make: Callable[[], Launches]) -> Any:
+        """A graph of them, or None where there can be none, now or ever."""
         if not _capturing.acquire(blocking=False):
             return None
         try:
-            return self._capture(work)
+            return self._capture(make)
         except RuntimeError as error:
             self._works = False
             warnings.warn(
@@ -176,7 +176,7 @@ class GraphTurns(Turns):
         finally:
             _capturing.release()
 
-    def _capture(self, work: Work) -> Any:
+    def _capture(self, make: Callable[[], Launches]) -> Any:
         cuda = self._cuda
         if self._streams is None:
             self._streams = (cuda.Stream(self._device), cuda.Stream(self._device))
@@ -192,7 +192,7 @@ class GraphTurns(Turns):
             # threads do, such as allocating, does not disturb a capture in this mode.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                launches = work.make()
+                launches = make()
                 launches.forked(cuda, main, side)
             finally:
                 graph.capture_end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -199,7 +199,7 @@ class MixedPlan(Plan):
             self._last = folded.last
             self._own = self._narrow_distance(self._last.map_st(source.teacher_mean, source.teacher_std))
         self._given: _Narrow | None = None
-        self._refolded = Refolded(self._refold)
+        self._refolded: Refolded[None] = Refolded()
 
     def __del__(self) -> None:
         # Memory that a GPU still works on must not be anybody else's.
@@ -425,7 +425,7 @@ class MixedPlan(Plan):
         self, images: Sequence[Tensor], preprocessing: ImagePreprocessing, take: Callable[[_Buffers], _Taken]
     ) -> _Taken:
         """The same for ``(n, h, w, 3)`` on the device: groups of one size, or one group."""
-        first, options = images[0], _options(preprocessing)
+        first, options, preprocess = images[0], _options(preprocessing), self._operator("preprocess.out")
         count = sum(map(len, images))
         form: _Form | None = None
         if len(images) == 1:
@@ -445,7 +445,7 @@ class MixedPlan(Plan):
                 return
             begin = 0
             for group in images:
-                self._preprocess(group, options, buffers.rgb[begin : begin + len(group)])
+                preprocess(group, **options, out=buffers.rgb[begin : begin + len(group)])
                 begin += len(group)
             _fill(buffers, buffers.rgb)
 
@@ -469,21 +469,21 @@ class MixedPlan(Plan):
             return take(buffers)
         with self._turns.turn():
             if statistics is not None:
-                self._refolded.get(statistics)
+                self._refolded.get(statistics, self._refold)
             entry = self._entry(key)
             fill(entry.buffers)
-            self._turns.run(entry.work)
+            folded = self._given if key.given else self._own
+            assert folded is not None
+            # The entry holds no plan, which would hold it.
+            self._turns.run(entry.work, partial(self._launches, entry.buffers, key, folded))
             return take(entry.buffers)
 
     def _entry(self, key: _Key) -> _Entry:
         """In a turn. The buffers for such a batch, of which those used last are kept."""
         entry = self._entries.pop(key, None)
         if entry is None:
-            distance = self._given if key.given else self._own
-            assert distance is not None
             with ordinary_tensors():
-                buffers = self._buffers(key)
-            entry = _Entry(buffers, Work(partial(self._launches, buffers, key, distance)))
+                entry = _Entry(self._buffers(key), Work())
         self._entries[key] = entry
         if len(self._entries) > _KEPT:
             self._turns.settle()
@@ -510,17 +510,14 @@ class MixedPlan(Plan):
         first = None
         form, pixels = key.form, buffers.pixels
         if form is not None and pixels is not None:
-            options = {"resize": form.resize, "mean": form.mean, "std": form.std}
+            preprocess = self._operator("preprocess.out")
 
             def first() -> None:
-                self._preprocess(pixels, options, buffers.rgb)
+                preprocess(pixels, resize=form.resize, mean=form.mean, std=form.std, out=buffers.rgb)
                 _fill(buffers, buffers.rgb)
 
         with ordinary_tensors():
             return Launches(first, self._steps(buffers, distance))
-
-    def _preprocess(self, pixels: Tensor, options: Mapping[str, Any], out: Tensor) -> None:
-        self._operator("preprocess.out")(pixels, **options, out=out)
 
     def _steps(self, buffers: _Buffers, distance: _Narrow) -> list[Step]:
         """With activations of their own."""

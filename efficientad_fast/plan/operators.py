@@ -129,10 +129,10 @@ class OperatorPlan(Plan):
         self._last = folded.last
         self._map_ae = _Distance(folded.map_ae)
         self._lock = threading.Lock()
-        self._map_st = Refolded(lambda mean, std: _Distance(self._last.map_st(mean, std)))
+        self._map_st: Refolded[_Distance] = Refolded()
         self._statistics = (source.teacher_mean, source.teacher_std)
         if source.teacher_mean is not None:
-            self._map_st.get(self._statistics)
+            self._map_st.get(self._statistics, self._pack_map_st)
         self._free: OrderedDict[tuple[int, int, int, int], list[_Bound]] = OrderedDict()
 
     @torch.no_grad()
@@ -158,6 +158,9 @@ class OperatorPlan(Plan):
                 "workspace": bound.workspace.nbytes + sum(one.untyped_storage().nbytes() for one in used.values()),
             }
 
+    def _pack_map_st(self, mean: Tensor | None, std: Tensor | None) -> _Distance:
+        return _Distance(self._last.map_st(mean, std))
+
     def _pack_autoencoder(self, folded: Folded) -> tuple[list[Tensor], list[Tensor]]:
         sizes = [*Decoder.step_sizes(self.size), feature_size(self.size, padding=self._padded)]
         encoders = autoencoder.ENCODER_LAYERS
@@ -178,7 +181,7 @@ class OperatorPlan(Plan):
         self._last.check(statistics)
         key = (images, height, width, torch.get_num_threads())
         with self._lock:
-            distance = self._map_st.get(self._statistics if statistics is None else statistics)
+            distance = self._map_st.get(self._statistics if statistics is None else statistics, self._pack_map_st)
             free = self._free.pop(key, [])
             self._free[key] = free
             while len(self._free) > _SHAPES_KEPT:
