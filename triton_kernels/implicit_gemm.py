@@ -230,6 +230,8 @@ def operand(images: Tensor, weight: Tensor, groups: int, tile: Mapping[str, int]
     constants["PRECISE"] = int(images.element_size() == 1)
     if loads in (BY_POINTERS, FLAT):
         return Operand(images, weight, strides, constants)
+    if weight.data_ptr() % BYTES_OF_ALIGNMENT:
+        weight = weight.clone(memory_format=torch.channels_last)
     by_weights = TensorDescriptor(weight, [weight.shape[0], total], [total, 1], [tile["outputs"], depth])
     if loads == BY_LINE:
         shape, far = [count * height * width, channels * groups], [strides[2], 1]
