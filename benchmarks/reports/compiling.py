@@ -101,13 +101,18 @@ class Kernel:
         return found
 
 
+# Triton sets variables while other threads start compilers, and a process that starts just then finds none of them where
+# they were.
+_ENVIRONMENT = dict(os.environ)
+
+
 def run(*command: str | Path) -> str:
     """What it prints on both streams.
 
     Raises:
         RuntimeError: it failed; the message is what it printed.
     """
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{result.stdout}{result.stderr}")
     return result.stdout + result.stderr
