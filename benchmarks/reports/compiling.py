@@ -101,8 +101,7 @@ class Kernel:
         return found
 
 
-# Triton sets variables while other threads start compilers, and a process that starts just then finds none of them where
-# they were.
+# Triton sets variables while other threads start compilers: a process that is started just then may find none of them.
 _ENVIRONMENT = dict(os.environ)
 
 
