@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -582,3 +583,29 @@ def test_convolutions_load_as_their_architecture_does(
     asked = [one for one in triton_compiler.representative("conv_pool", architecture) if one.heavy]
     kernel = triton_compiler.compiled(asked[0])
     assert kernel.faults() == [] and instructions <= kernel.counts.keys()
+
+
+@pytest.mark.parametrize("architecture, dtype", [("sm_80", torch.bfloat16), ("sm_90", torch.float8_e4m3fn)])
+def test_models_are_compiled_as_their_plans_launch_them(
+    triton_compiler: TritonCompiler, architecture: str, dtype: torch.dtype
+) -> None:
+    from efficientad_fast.triton_kernels import launching
+
+    from benchmarks.gpu.work import Call, meta_steps
+
+    modules = ("conv_pool", "feature_distance", "autoencoder")
+    reported = {one.key for name in modules for one in triton_compiler.of_models(name, architecture)}
+    seen = set()
+    for size in compiling.MODEL_SIZES:
+        for step in (step for batch in (1, 32) for step in meta_steps(size, dtype, batch)):  # type: ignore[arg-type]
+            call = Call.of(step)
+            if call.operator not in modules:
+                continue
+            run = importlib.import_module(f"efficientad_fast.triton_kernels.{call.operator}").overloads["mixed"]
+            with launching.as_if_on(capability(architecture) / 10):
+                launches = recorded(lambda run=run, call=call: run(**call.arguments))
+            for launch in launches:
+                key = compiling.compilation(step.layer, launch, architecture).key
+                assert key in reported, f"{size}, {step.layer}: {dict(launch.arguments)}"
+                seen.add(key)
+    assert len(seen) > 20

@@ -312,8 +312,9 @@ def feature_distance(
 
 def model_calls(model_size: ModelSize, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What EfficientAD-S and -M ask for at 256 x 256, in batches of 1 and 32, for the kernel report."""
-    channels, kernel = last_channels(model_size)
+    (of_teacher, of_student), kernel = last_channels(model_size)
     last, features = 384, 56
+    side = features + kernel - 1
 
     def features_of(images: int, count: int, side: int) -> Tensor:
         return channels_last(torch.empty(images, count, side, side, dtype=dtype, device="meta"))
@@ -322,18 +323,21 @@ def model_calls(model_size: ModelSize, dtype: torch.dtype) -> dict[str, Callable
         return channels_last(torch.empty(last, count, side, side, dtype=dtype, device="meta"))
 
     def call(layer: str, images: int) -> None:
-        both = features_of(images, 2 * channels, features + kernel - 1)
-        first, weight_first, padding = both[:, :channels], weight_of(channels, kernel), 0
+        if of_teacher == of_student:  # written together
+            teacher, student = features_of(images, of_teacher + of_student, side).chunk(2, 1)
+        else:
+            teacher, student = features_of(images, of_teacher, side), features_of(images, of_student, side)
+        first, weight_first, padding = teacher, weight_of(of_teacher, kernel), 0
         if layer == "map_ae":
             first, weight_first, padding = features_of(images, 64, features), weight_of(64, 3), 1
-        vectors = [torch.empty(last, device="meta") for _ in range(2)]
+        scale, bias = (torch.empty(last, device="meta") for _ in range(2))
         feature_distance_mixed(
             first,
             weight_first,
-            both[:, channels:],
-            weight_of(channels, kernel),
-            vectors[0] if dtype == torch.float8_e4m3fn else None,
-            vectors[1],
+            student,
+            weight_of(of_student, kernel),
+            scale,
+            bias,
             padding_first=padding,
             out=torch.empty(images, 1, features, features, device="meta"),
             workspace=torch.empty(contract.mixed_workspace_size(images, features, features, last), device="meta"),

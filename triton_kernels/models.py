@@ -70,9 +70,9 @@ def convolutions(model_size: ModelSize, *, padded: bool = False) -> list[Convolu
     return found
 
 
-def last_channels(model_size: ModelSize) -> tuple[int, int]:
-    """Channels and kernel of the networks' last convolution, whose outputs `feature_distance` compares."""
-    return (256, 4) if model_size == "s" else (384, 1)
+def last_channels(model_size: ModelSize) -> tuple[tuple[int, int], int]:
+    """Of the last convolutions, whose outputs `feature_distance` compares: teacher's and student's channels; kernel."""
+    return ((256, 256), 4) if model_size == "s" else ((384, 768), 1)
 
 
 def channels_last(given: Tensor) -> Tensor:
