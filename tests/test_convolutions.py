@@ -13,7 +13,7 @@ from cases import autoencoder as autoencoder_cases
 from cases import conv_pool as conv_pool_cases
 from cases import feature_distance as feature_distance_cases
 from convolution_cases import Change, channels_last, signed
-from operator_cases import Case, on_tensors
+from operator_cases import Case, cases, on_tensors
 from tolerances import EXACT, tolerance
 from torch import Tensor
 
@@ -150,3 +150,17 @@ def test_the_deepest_weights_stay_within_a_thread_s_workspace(channels: int, ker
     operator.out(images, packed, kernel_size=kernel, relu=False, pool=pool, out=out, workspace=rows[:1])
     assert torch.isnan(rows[1]).all()
     assert_close(out, expected, tolerance("conv_pool, F(6x6, 4x4)", torch.float32))
+
+
+@pytest.mark.parametrize("operator", ["conv_pool", "feature_distance", "autoencoder"])
+def test_references_in_mixed_precision_as_on_a_gpu(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There they compute in float64, whatever is narrower: PyTorch convolves no float32 with float64, and TF32 rounds."""
+
+    def in_float64(given: Tensor | None) -> Tensor | None:
+        return None if given is None else given.double()
+
+    monkeypatch.setattr(packing, "exact", in_float64)
+    tried = [case for case in cases(operator) if case.overload == f"{operator}.mixed"]
+    for case in tried:
+        case.check(case.run(ops.overload(case.overload).reference))
+    assert tried

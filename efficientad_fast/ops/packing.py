@@ -153,16 +153,16 @@ def exact(given: _Given) -> _Given:
 
 
 def wide(given: _Given) -> _Given:
-    """For the references: as :func:`exact`, and narrower numbers in float32, in which their products are exact."""
+    """For the references: all in float32, in which products of narrower numbers are exact; as :func:`exact` on a GPU."""
     if given is None or given.dtype == torch.float64:
         return given
-    return exact(given) if given.dtype == torch.float32 else given.float()
+    return exact(given.float())
 
 
 def narrow_into(out: Tensor, result: Tensor) -> None:
     """Rounds to the nearest of ``out``'s numbers; in e4m3, which has no inf, what is too large is the largest."""
     if out.dtype == torch.float8_e4m3fn:
-        result = result.clamp(-LARGEST_E4M3, LARGEST_E4M3)
+        result = result.float().clamp(-LARGEST_E4M3, LARGEST_E4M3)
     out.copy_(result)
 
 
