@@ -154,7 +154,7 @@ def test_the_deepest_weights_stay_within_a_thread_s_workspace(channels: int, ker
 
 @pytest.mark.parametrize("operator", ["conv_pool", "feature_distance", "autoencoder"])
 def test_references_in_mixed_precision_as_on_a_gpu(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There they compute in float64, whatever is narrower: PyTorch convolves no float32 with float64, and TF32 rounds."""
+    """There they compute in float64: PyTorch convolves no float32 with float64, and TF32 would round scaled weights."""
 
     def in_float64(given: Tensor | None) -> Tensor | None:
         return None if given is None else given.double()

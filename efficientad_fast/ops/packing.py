@@ -153,7 +153,7 @@ def exact(given: _Given) -> _Given:
 
 
 def wide(given: _Given) -> _Given:
-    """For the references: all in float32, in which products of narrower numbers are exact; as :func:`exact` on a GPU."""
+    """For the references: in float32, in which products of narrower numbers are exact; on a GPU as :func:`exact`."""
     if given is None or given.dtype == torch.float64:
         return given
     return exact(given.float())
