@@ -8,7 +8,7 @@
    throughput of larger batches, from uint8 images on the GPU to map and score there, and from the host to the host;
 4. times every step of these plans by itself, beside its floor at this GPU's own rates (see `benchmarks.roofline`);
 5. runs every operator's benchmarks on the device;
-6. runs the remaining tests there: refusals, memory, opcheck;
+6. runs the remaining tests there: the plan's graphs, threads and streams, then refusals, memory, opcheck;
 7. prints short tables last and writes everything, with GPU, driver, versions and date, to ``benchmarks/results/``.
 
 All of it takes less than 9 minutes: a section whose time is up is stopped, and said to be, which is a failure where
@@ -60,7 +60,7 @@ TESTS_SECONDS, PREDICTIONS_SECONDS, BENCHMARKS_SECONDS, ALL_SECONDS = 200.0, 170
 # With a GPU the emulator and the interpreter have nothing to add.
 RESULTS_ALONE = "(test_results or cuda_graph) and not own_their_memory"
 ON_GPU = (["tests/test_operators.py"], ["-m", "gpu", "-k", RESULTS_ALONE])
-REST_ON_GPU = (["tests/test_operators.py"], ["-m", "gpu", "-k", f"not ({RESULTS_ALONE})"])
+REST_ON_GPU = (["tests/test_graphs.py", "tests/test_operators.py"], ["-m", "gpu", "-k", f"not ({RESULTS_ALONE})"])
 WITHOUT_GPU = (
     ["tests/test_operators.py", "tests/test_triton.py", "tests/test_cuda_operators.py", "tests/test_simt.py"],
     [],

@@ -397,6 +397,13 @@ def test_inside_a_capture_of_the_callers_everything_is_its_own(
     assert_maps(plan.raw_maps(images(seed=1)), expected.raw_maps(images(seed=1)))
 
 
+def test_of_no_images_there_is_no_graph(plan: MixedPlan, cuda: StandInCuda) -> None:
+    for _ in range(3):
+        maps = plan.raw_maps(images(0))
+        assert [one.shape[:2] for one in maps] == [(0, 1)] * 2
+    assert replays(cuda) == 0 and all(entry.work.graph is None for entry in plan._entries.values())
+
+
 def test_threads_take_turns(plan: MixedPlan, expected: MixedPlan, cuda: StandInCuda) -> None:
     batches = [images(seed=seed) for seed in range(6)]
     right = [expected.raw_maps(batch) for batch in batches]

@@ -474,8 +474,10 @@ class MixedPlan(Plan):
             fill(entry.buffers)
             folded = self._given if key.given else self._own
             assert folded is not None
-            # The entry holds no plan, which would hold it.
-            self._turns.run(entry.work, partial(self._launches, entry.buffers, key, folded))
+            # A graph of nothing cannot be replayed without a warning.
+            if key.images > 0:
+                # The entry holds no plan, which would hold it.
+                self._turns.run(entry.work, partial(self._launches, entry.buffers, key, folded))
             return take(entry.buffers)
 
     def _entry(self, key: _Key) -> _Entry:
