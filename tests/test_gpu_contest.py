@@ -250,6 +250,19 @@ def test_no_row_is_begun_when_the_time_is_up(files: Path) -> None:
     assert row["reason"] == "not begun, as the time was up" and asked == []
 
 
+def test_the_time_that_is_left_is_shared(files: Path) -> None:
+    limits: list[tuple[float, float]] = []
+
+    def run(one: Task, limit: float) -> Row:
+        limits.append((one.limit, limit))
+        return dict(one.key) | {"by_batch": {}}
+
+    tasks = [task(files, name) for name in ("eager", "compile", "known")]
+    compete(tasks, None, end=time.monotonic() + 60, run=run, tell=lambda line: None)
+    assert [share for share, _ in limits] == pytest.approx([20, 30, 60], abs=1)
+    assert [limit for _, limit in limits] == pytest.approx([60, 60, 60], abs=1)
+
+
 def test_a_process_that_fails_is_told(files: Path, tmp_path: Path) -> None:
     row = contest.run_task(task(files, results=str(tmp_path / "row.json"), detector=str(tmp_path / "none")), 60.0)
     assert row["contestant"] == "eager" and "DetectorFileError" in row["reason"]

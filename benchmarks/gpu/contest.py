@@ -165,13 +165,13 @@ def compete(
     Args:
         kept: file of finished rows, to which every new one is added; those that are there are not measured again.
         about: what the rows hold for, such as GPU and versions; rows that were kept for anything else are forgotten.
-        end: on `time.monotonic`'s clock; no task is begun after it.
+        end: on `time.monotonic`'s clock; no task is begun after it. What is left until then is shared among the tasks.
         run: gives a task's row, in so many seconds.
         tell: is given a line for each task.
     """
     known = read_kept(kept, about)
     rows = []
-    for task in tasks:
+    for index, task in enumerate(tasks):
         wanted = json.loads(json.dumps(task.key | {"batches": task.batches}))
         found = next((row for row in known if wanted.items() <= row.items() and "reason" not in row), None)
         left = end - time.monotonic()
@@ -182,9 +182,9 @@ def compete(
             tell(f"{task.title}: {found['reason']}")
         else:
             tell(f"{task.title}: measuring")
-            found = run(dataclasses.replace(task, limit=min(task.limit, left)), min(left, LONGEST)) | {
-                "batches": wanted["batches"]
-            }
+            # Its share of what is left: better fewer batches of all tasks than none of the last.
+            share = min(task.limit, left / (len(tasks) - index))
+            found = run(dataclasses.replace(task, limit=share), min(left, LONGEST)) | {"batches": wanted["batches"]}
             if "reason" in found:
                 tell(f"{task.title}: {found['reason']}")
             known = [row for row in known if not wanted.items() <= row.items()] + [found]
