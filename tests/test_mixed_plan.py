@@ -191,7 +191,7 @@ def test_float8_uses_half_of_its_range_on_what_it_was_calibrated_with(plain: Pla
 
 
 def test_float8_needs_activations_that_fit(plain: PlanInput) -> None:
-    with pytest.raises(InputError, match=r"float8 needs to know.*detector\.calibrated\('float8', images\)"):
+    with pytest.raises(InputError, match=r"float8 needs to know.*detector\.calibrated\(images, 'float8'\)"):
         MixedPlan(plain, CPU, FLOAT8)
     whole = {layer: torch.cat(parts).detach().abs() for layer, parts in stage_parts(plain).items()}
     whole["autoencoder"] = whole["autoencoder"][:64]

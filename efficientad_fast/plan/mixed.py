@@ -332,7 +332,7 @@ class MixedPlan(Plan):
             if self.device.type != "meta":
                 raise InputError(
                     "float8 needs to know how large activations become, and this detector was not calibrated for it. "
-                    "Get one that was by detector.calibrated('float8', images), with some tens of good images."
+                    "Get one that was by detector.calibrated(images, 'float8'), with some tens of good images."
                 )
             given = {}
         names, _ = hidden_layers(source.teacher)
@@ -348,7 +348,7 @@ class MixedPlan(Plan):
             if largest is None or shape != (sum(counts),) or not bool((largest.isfinite() & (largest >= 0)).all()):
                 raise InputError(
                     f"The activations of {layer} must be {sum(counts)} finite numbers from 0 on, got shape {shape}. "
-                    "Calibrate this detector again: detector.calibrated('float8', images)."
+                    "Calibrate this detector again: detector.calibrated(images, 'float8')."
                 )
             scale = MARGIN * largest.to(convolutions[0].bias.device).double() / packing.LARGEST_E4M3
             parts = torch.where(scale == 0, 1, scale).split(counts)
