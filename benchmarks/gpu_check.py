@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -56,6 +57,8 @@ below is of a GPU."""
 TESTS_SECONDS, PREDICTIONS_SECONDS, BENCHMARKS_SECONDS, ALL_SECONDS = 200.0, 170.0, 80.0, 520.0
 """After which each is stopped, and everything; what is left is for the remaining tests. On a GPU alone."""
 
+MOST_WORKERS = 6
+"""Processes of tests on a GPU, where pytest-xdist is installed."""
 
 # With a GPU the emulator and the interpreter have nothing to add.
 RESULTS_ALONE = "(test_results or cuda_graph) and not own_their_memory"
@@ -156,6 +159,9 @@ def run_tests(
     report.unlink(missing_ok=True)
     files, options = selection
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--show-capture=no", f"--junitxml={report}"]
+    if limit is not None and importlib.util.find_spec("xdist") is not None:
+        # The results of float64 are the processor's, and most of the time.
+        command += ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS))]
     code = run([*command, *options, *files], limit=limit)
     if not report.is_file():
         return code or 1, [], [] if code == STOPPED else ["pytest wrote no report"]

@@ -98,8 +98,9 @@ def cases_of(steps: Sequence[Step]) -> list[Case]:
 
 def candidates(case: Case) -> list[dict[str, int]]:
     """The tiles that its kernel's module offers; none where it offers no choice."""
-    module = _module(case.kernel.partition(".")[0])
-    offer: Callable[[Mapping[str, Any]], list[dict[str, int]]] | None = getattr(module, "candidates", None)
+    module, _, part = case.kernel.partition(".")
+    name = f"candidates_{part}" if part else "candidates"
+    offer: Callable[[Mapping[str, Any]], list[dict[str, int]]] | None = getattr(_module(module), name, None)
     return [] if offer is None else offer(case.facts)
 
 
@@ -142,7 +143,8 @@ def search(
 
     Args:
         timer: seconds of a run.
-        thorough: try all. Else those that differ in one number from the fastest so far, until none of them is faster.
+        thorough: try all. Else those that differ from the fastest so far in one number, or in the warps and one more,
+            until none of them is faster.
         seconds: no tile is begun after so many.
         keep: is given what was found so far, whenever that is better than before.
 
@@ -158,7 +160,9 @@ def search(
     waiting = [one for one in candidates(case) if one != chosen]
 
     def is_next(tile: Tile) -> bool:
-        return sum(tile.get(name) != found.tile.get(name) for name in {*tile, *found.tile}) == 1
+        # More of something often needs more warps to hold it.
+        others = {name for name in {*tile, *found.tile} if tile.get(name) != found.tile.get(name)}
+        return len(others) == 1 or (len(others) == 2 and "warps" in others)
 
     alone = not any(map(is_next, waiting))
     while waiting:

@@ -55,8 +55,10 @@ class Clock:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small detector, two images, and what is right of them, as `Entrants.written` writes them."""
-    folder = tmp_path_factory.mktemp("entrants")
-    detector = small_detector()
+    return written(tmp_path_factory.mktemp("entrants"), small_detector())
+
+
+def written(folder: Path, detector: Detector) -> Path:
     images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
     batch = detector.preprocessing.batch([torch.from_numpy(one).permute(2, 0, 1) for one in images])
     right = Reference.of(detector, batch)
@@ -142,6 +144,12 @@ def test_a_rival_is_right(files: Path) -> None:
     assert set(row["errors"]) == {"map_st", "map_ae", *regions} and max(row["errors"].values()) < 1e-5
     # Nothing is timed without seconds.
     assert list(row["by_batch"]["1"]) == ["setup_seconds"]
+
+
+def test_a_rival_is_right_without_padded_maps(tmp_path: Path) -> None:
+    detector = small_detector()
+    folder = written(tmp_path, detector.replaced(pad_maps=not detector.pad_maps))
+    assert contest.counts(worker.measure(task(folder, batches=(1,), seconds=0.0), CPU, Clock()))
 
 
 def test_every_batch_is_checked_and_timed(files: Path) -> None:

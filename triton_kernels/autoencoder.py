@@ -1,8 +1,10 @@
 """``autoencoder`` in Triton. efficientad_fast/ops/autoencoder.py is the contract.
 
 A launch for each of the 13 layers, a convolution as a product of matrices: pixels of all images by outputs, summed over
-the taps and channels of a window, in the order in which weights lie in memory. What the decoder resizes is never
-written: a program blends, of four pixels of the layer before, what it is about to multiply.
+the taps and channels of a window, in the order in which weights lie in memory. What the decoder resizes is not written
+where it is small: a program blends, of four pixels of the layer before, what it is about to multiply. It does so anew
+for every tap, 16 times, and keeps tensor cores waiting. So where there are many pixels, resizing is a launch of its
+own, and the convolution that of `conv_pool`: the rules for ``autoencoder.resize`` say where.
 
 Most layers are small, and a program of theirs waits for memory more than it computes. So tiles are small, which makes
 programs many, and deep, so that few loads wait for one another. Where there are but a few pixels, of which a tile for
@@ -29,7 +31,7 @@ from efficientad_fast.ops.autoencoder import MIXED_CHANNELS, Layer
 from efficientad_fast.reference.networks import feature_size
 
 from . import tiles as table
-from .conv_pool import narrowed
+from .conv_pool import conv_pool_mixed, narrowed
 from .implicit_gemm import require_products
 from .launching import capability, launch, require_runnable, tiles
 from .models import SIDE, ModelSize, channels_last
@@ -54,6 +56,87 @@ def _source(place, scale, length, SAME: tl.constexpr):
     before = tl.max_constancy(tl.minimum(position.to(tl.int32), length - 1), [1, SAME])
     after = tl.minimum(before + 1, length - 1)
     return before, after, tl.minimum(position - before.to(tl.float32), 1.0)
+
+
+@triton.jit
+def _blended(
+    images_ptr,
+    row,
+    column,
+    channel,
+    taken,
+    scale_y,
+    scale_x,
+    height,
+    width,
+    row_stride,
+    pixel_stride,
+    SAME: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """What resized images hold in these rows and columns, rounded to ``DTYPE``; zeros where nothing is ``taken``."""
+    above, below, down = _source(row, scale_y, height, SAME)
+    before, after, right_of = _source(column, scale_x, width, SAME)
+    above_ptr = images_ptr + above * row_stride
+    below_ptr = images_ptr + below * row_stride
+    before = before * pixel_stride + channel
+    after = after * pixel_stride + channel
+    upper_left = tl.load(above_ptr + before, mask=taken, other=0.0).to(tl.float32)
+    upper_right = tl.load(above_ptr + after, mask=taken, other=0.0).to(tl.float32)
+    lower_left = tl.load(below_ptr + before, mask=taken, other=0.0).to(tl.float32)
+    lower_right = tl.load(below_ptr + after, mask=taken, other=0.0).to(tl.float32)
+    blended = upper_left * ((1 - down) * (1 - right_of)) + upper_right * ((1 - down) * right_of)
+    blended += lower_left * (down * (1 - right_of)) + lower_right * (down * right_of)
+    return blended.to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+def _resize(
+    images_ptr,  # (N, H, W, CHANNELS), contiguous
+    out_ptr,  # (N, h, w, CHANNELS), contiguous
+    scale_y,  # rows of an image for a row of the result
+    scale_x,
+    pixels,  # N * h * w
+    height,
+    width,
+    out_height,
+    out_width,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,  # channels, rounded up
+    PIXELS: tl.constexpr,
+):
+    # 64 bits for what counts pixels of all images or numbers of one, 32 for the pixels of one.
+    first = tl.program_id(0).to(tl.int64) * PIXELS
+    of_image = out_height * out_width
+    place = (first % of_image).to(tl.int32) + tl.arange(0, PIXELS)
+    image = first // of_image + place // of_image
+    place = place % of_image
+    is_pixel = first + tl.arange(0, PIXELS) < pixels
+    channel = tl.arange(0, BLOCK)[None, :]
+    taken = is_pixel[:, None]
+    if BLOCK != CHANNELS:
+        taken = taken & (channel < CHANNELS)
+    row_stride = width.to(tl.int64) * CHANNELS
+    images_ptr += (image * (height * row_stride))[:, None]
+    row = (place // out_width)[:, None]
+    column = (place % out_width)[:, None]
+    blended = _blended(
+        images_ptr,
+        row,
+        column,
+        channel,
+        taken,
+        scale_y,
+        scale_x,
+        height,
+        width,
+        row_stride,
+        CHANNELS,
+        1,
+        out_ptr.dtype.element_ty,
+    )
+    places = (first + tl.arange(0, PIXELS))[:, None] * CHANNELS + channel
+    tl.store(out_ptr + places, blended, mask=taken)
 
 
 @triton.jit(
@@ -141,19 +224,21 @@ def _convolve(
             is_weight = is_weight & (depth < TOTAL)
         right = tl.load(weights_ptr + depth, mask=is_weight, other=0.0)
         if RESIZED:
-            above, below, down = _source(row, scale_y, height, SAME)
-            before, after, right_of = _source(column, scale_x, width, SAME)
-            above_ptr = images_ptr + above * row_stride
-            below_ptr = images_ptr + below * row_stride
-            before = before * pixel_stride + channel
-            after = after * pixel_stride + channel
-            upper_left = tl.load(above_ptr + before, mask=taken, other=0.0).to(tl.float32)
-            upper_right = tl.load(above_ptr + after, mask=taken, other=0.0).to(tl.float32)
-            lower_left = tl.load(below_ptr + before, mask=taken, other=0.0).to(tl.float32)
-            lower_right = tl.load(below_ptr + after, mask=taken, other=0.0).to(tl.float32)
-            left = upper_left * ((1 - down) * (1 - right_of)) + upper_right * ((1 - down) * right_of)
-            left += lower_left * (down * (1 - right_of)) + lower_right * (down * right_of)
-            left = left.to(right.dtype)
+            left = _blended(
+                images_ptr,
+                row,
+                column,
+                channel,
+                taken,
+                scale_y,
+                scale_x,
+                height,
+                width,
+                row_stride,
+                pixel_stride,
+                SAME,
+                right.dtype,
+            )
         else:
             left = tl.load(images_ptr + (row * row_stride + (column * pixel_stride + channel)), mask=taken, other=0.0)
         if PIXELS == 1:
@@ -237,16 +322,28 @@ def candidates(stated: Mapping[str, int | float | bool | str]) -> list[dict[str,
     return found
 
 
+def candidates_resize(stated: Mapping[str, int | float | bool | str]) -> list[dict[str, int]]:
+    """Both ways to resize."""
+    return [{"apart": 0}, {"apart": 1}]
+
+
 def _tile(pixels: int, outputs: int, depth: int, slices: int, warps: int, stages: int) -> dict[str, int]:
     given = {"pixels": pixels, "outputs": outputs, "depth": depth, "slices": slices}
     return {**given, "warps": warps, "stages": stages}
 
 
-def _launch(layer: Layer, read: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+def _launch(layer: Layer, read: Tensor, weight: Tensor, bias: Tensor, out: Tensor, resized: Tensor) -> None:
+    """``resized``: room for what is resized, if it is apart."""
     weight = weight.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = read.shape
     outputs = weight.shape[0]
-    tile = chosen_tile(facts(layer, read, weight))
+    stated = facts(layer, read, weight)
+    if layer.resized and table.choose("autoencoder.resize", stated)["apart"]:
+        resized = _channels_last(resized, (images, channels, *layer.size))
+        _launch_resize(read, resized)
+        conv_pool_mixed(resized, weight, None, bias, padding=layer.padding, relu=layer.relu, out=out)
+        return
+    tile = chosen_tile(stated)
     counts = (tiles(images * out.shape[2] * out.shape[3], tile["pixels"]), tiles(outputs, tile["outputs"]))
     launch(
         _convolve,
@@ -274,6 +371,35 @@ def _launch(layer: Layer, read: Tensor, weight: Tensor, bias: Tensor, out: Tenso
     )
 
 
+RESIZED_NUMBERS, RESIZE_WARPS = 2048, 4
+"""That a program blends: a thread 16, of two vectors. Too little work to choose among tiles."""
+
+
+def _launch_resize(read: Tensor, out: Tensor) -> None:
+    images, channels, height, width = out.shape
+    block = triton.next_power_of_2(channels)
+    pixels = max(RESIZED_NUMBERS // block, 1)
+    launch(
+        _resize,
+        tiles(images * height * width, pixels),
+        read.device,
+        [
+            *(read, out, read.shape[2] / height, read.shape[3] / width, images * height * width),
+            *(*read.shape[2:], height, width),
+        ],
+        CHANNELS=channels,
+        BLOCK=block,
+        PIXELS=pixels,
+        num_warps=RESIZE_WARPS,
+    )
+
+
+def _channels_last(room: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The first numbers of some room as a tensor ``(N, C, H, W)``, channels-last."""
+    images, channels, height, width = shape
+    return room.as_strided(shape, (height * width * channels, 1, width * channels, channels))
+
+
 def autoencoder_mixed(
     image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, out: Tensor, workspace: Tensor
 ) -> None:
@@ -282,17 +408,14 @@ def autoencoder_mixed(
     require_runnable("autoencoder", "image", image)
     require_products("autoencoder", "out", out)
     channels = [one.shape[0] for one in weights]
-    first, second = contract.mixed_parts(image.shape[0], image.shape[2:], out.shape[2:], channels)
-    parts = workspace[:first], workspace[first : first + second]
+    sizes = contract.mixed_parts(image.shape[0], image.shape[2:], out.shape[2:], channels)
+    *parts, resized = workspace[: sum(sizes)].split(sizes)
     read = packing.mixed(image)
     for index, layer in enumerate(contract.layers(image.shape[2:], out.shape[2:])):
         written = out
         if index < contract.LAYERS - 1:
-            height, width = layer.out_size
-            shape = (image.shape[0], height, width, channels[index])
-            strides = (height * width * channels[index], width * channels[index], channels[index], 1)
-            written = parts[index % 2].as_strided(shape, strides).permute(0, 3, 1, 2)
-        _launch(layer, read, weights[index], biases[index], written)
+            written = _channels_last(parts[index % 2], (image.shape[0], channels[index], *layer.out_size))
+        _launch(layer, read, weights[index], biases[index], written, resized)
         read = written
 
 
@@ -320,7 +443,8 @@ def model_calls(model_size: ModelSize, dtype: torch.dtype) -> dict[str, Callable
         last = index == contract.LAYERS - 1
         out = torch.empty(images, outputs, *layer.out_size, dtype=dtype if last else narrow, device="meta")
         bias = torch.empty(outputs, device="meta")
-        _launch(layer, channels_last(read), channels_last(weight), bias, channels_last(out))
+        resized = torch.empty(images * channels * layer.size[0] * layer.size[1], dtype=narrow, device="meta")
+        _launch(layer, channels_last(read), channels_last(weight), bias, channels_last(out), resized)
 
     return {
         f"{name}{', padded' if padded else ''}, batch {images}": partial(

@@ -178,7 +178,7 @@ def _conv_pool(
             y, x = pixels_of_tile(row_tile, column_tile * (COLUMNS // 2), 1, 1, COLUMNS // 2, 0)
         else:
             quads = sums.reshape(ROWS // 2, 2, COLUMNS // 2, 2, OUTPUTS)
-            sums = tl.sum(tl.sum(quads, 3), 1).reshape(ROWS * COLUMNS // 4, OUTPUTS) * 0.25
+            sums = tl.sum(tl.sum(quads, 1), 2).reshape(ROWS * COLUMNS // 4, OUTPUTS) * 0.25
             first_row = row_tile * (ROWS // 2)
             y, x = pixels_of_tile(first_row, column_tile * (COLUMNS // 2), 1, ROWS // 2, COLUMNS // 2, 2)
         _write(out_ptr, sums, output, is_output, y, x, out_height, out_width, GROUPS * GROUP_OUTPUTS)
@@ -208,10 +208,11 @@ def conv_pool_mixed(
     require_products("conv_pool", "out", out)
     images, outputs, out_height, out_width = out.shape
     made_height, made_width = (side + 2 * padding - weight.shape[2] + 1 for side in input.shape[2:])
-    stated = facts(input, weight, groups, made_height, made_width) | {"pool": pool}
+    line = padding == 0 and not pool
+    stated = facts(input, weight, groups, made_height, made_width, line=line) | {"pool": pool}
     tile = chosen_tile("conv_pool", stated)
     input = packing.mixed(input)
-    loads = ways_to_load(input, groups, tile, line=padding == 0 and not pool)
+    loads = ways_to_load(input, groups, tile, line=line)
     given = operand(input, weight, groups, tile, loads)
     of_group = outputs // groups
     # Of what is pooled, an odd last row or column is left out.

@@ -238,16 +238,16 @@ def feature_distance_mixed(
     require_products("feature_distance", "first", first)
     outputs, pixels = weight_first.shape[0], out.numel()
     images, _, height, width = out.shape
-    stated = facts(first, weight_first, 1, height, width)
-    if weight_second is not None:
-        stated |= {"channels": weight_second.shape[1], "kernel": weight_second.shape[2]}
-    tile = chosen_tile("feature_distance", stated)
     first = packing.mixed(first)
     paddings, pair = (padding_first, padding_second), [first]
     if second is not None:
         second = packing.mixed(second)
         pair.append(second)
     line = paddings == (0, 0) and len({images_of.shape[3] for images_of in pair}) == 1
+    stated = facts(first, weight_first, 1, height, width, line=line)
+    if weight_second is not None:
+        stated |= {"channels": weight_second.shape[1], "kernel": weight_second.shape[2]}
+    tile = chosen_tile("feature_distance", stated)
     ways = [ways_to_load(images_of, 1, tile, line=line) for images_of in pair]
     if BY_LINE in ways and len(set(ways)) > 1:
         ways = [ways_to_load(images_of, 1, tile, line=False) for images_of in pair]

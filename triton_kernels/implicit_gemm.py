@@ -159,6 +159,8 @@ def add_products(
                 y = rows[:, None] + ky
                 x = columns[:, None] + across // CHANNELS
                 taken = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+                # All channels of a pixel or none, which Triton does not see: it would load them one by one.
+                taken = tl.max_constancy(taken, [1, CHANNELS & -CHANNELS])
                 is_weight = is_output
                 if TOTAL % DEPTH != 0:
                     taken = taken & (place < TOTAL)
@@ -287,12 +289,17 @@ def tiles_of(loads: int, tile: Mapping[str, int], height: int, width: int, line_
     return triton.cdiv(height, tile["rows"]), triton.cdiv(width, tile["columns"])
 
 
-def facts(images: Tensor, weight: Tensor, groups: int, height: int, width: int) -> dict[str, int | float | bool | str]:
+def facts(
+    images: Tensor, weight: Tensor, groups: int, height: int, width: int, *, line: bool
+) -> dict[str, int | float | bool | str]:
     """What the rules for tiles may ask of a convolution.
 
     ``capability``, ``dtype`` and its ``bits``, ``kernel``, ``channels`` and ``outputs`` of a group, ``groups``,
-    ``images``, ``height`` and ``width`` of what the convolution makes, ``pixels`` of all images of that.
+    ``images``, ``height`` and ``width`` of what the convolution makes, ``pixels`` of all images of that; ``squares``:
+    how many tiles of 128 pixels by 128 outputs that is; ``line``: whether a tile may be a piece of all pixels in a line,
+    of which it does not matter how wide an image is.
     """
+    pixels = images.shape[0] * height * width
     return {
         "capability": capability(images.device),
         "dtype": str(images.dtype).removeprefix("torch."),
@@ -304,7 +311,9 @@ def facts(images: Tensor, weight: Tensor, groups: int, height: int, width: int) 
         "images": images.shape[0],
         "height": height,
         "width": width,
-        "pixels": images.shape[0] * height * width,
+        "pixels": pixels,
+        "squares": pixels * weight.shape[0] // 128**2,
+        "line": line,
     }
 
 

@@ -1,7 +1,7 @@
 """Who predicts on a GPU, and how each is set up: this package, and the usual ways to run PyTorch networks.
 
 All take uint8 images ``(N, H, W, 3)`` of the network's size and give the anomaly map ``(N, 1, H, W)`` and the score
-``(N,)`` in float32, by the ``resized`` convention with padded maps. Rivals have what is known to help them: half
+``(N,)`` in float32, by the ``resized`` convention. Rivals have what is known to help them: half
 precision, channels-last memory, cudnn.benchmark, and a CUDA graph from the images to the scores.
 """
 
@@ -75,7 +75,7 @@ class Network(nn.Module):
         self.networks = RawMaps(copy.deepcopy(detector))
         self.dtype = dtype
         self.quantiles = detector.quantiles
-        self.size = detector.size
+        self.size, self.pad_maps = detector.size, detector.pad_maps
         shape = (1, 3, 1, 1)
         for name, values in (("mean", detector.preprocessing.mean), ("std", detector.preprocessing.std)):
             self.register_buffer(name, torch.tensor(values).view(shape))
@@ -91,7 +91,7 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Results:
         map_st, map_ae = self.raw_maps(images)
-        anomaly_map = maps.combine_resized(map_st, map_ae, self.quantiles, self.size, pad_maps=True)
+        anomaly_map = maps.combine_resized(map_st, map_ae, self.quantiles, self.size, pad_maps=self.pad_maps)
         return anomaly_map, maps.image_score(anomaly_map)
 
 

@@ -245,16 +245,20 @@ def _triton_launches(call: Call, gpu: Gpu, operations: float) -> list[Launch]:
     programs = sum(one.programs for one in launches)
     found = []
     for one in launches:
-        # Of a kernel that is not known here, as many as if nothing were computed for nothing.
-        of_program = _operations_of_program(one.arguments) or operations / max(programs, 1)
+        of_program = _operations_of_program(one.arguments)
+        if of_program is None:
+            # As many as if nothing were computed for nothing.
+            of_program = operations / max(programs, 1)
         found.append(Launch(one.kernel.__name__.lstrip("_"), one.programs, of_program))
     return found
 
 
-def _operations_of_program(constants: Mapping[str, Any]) -> float:
-    """Of a convolution's tile, of which a launch's constants say all; else 0."""
+def _operations_of_program(constants: Mapping[str, Any]) -> float | None:
+    """Of a convolution's tile, of which a launch's constants say all; 0 of resizing; None of what is not known here."""
     from efficientad_fast.triton_kernels import implicit_gemm
 
+    if "PIXELS" in constants and "OUTPUTS" not in constants:
+        return 0.0
     if "PIXELS" in constants:
         depth = _round_up(constants["KERNEL"] ** 2 * constants["CHANNELS"], constants["DEPTH"])
         return 2.0 * constants["PIXELS"] * constants["OUTPUTS"] * depth
@@ -266,7 +270,7 @@ def _operations_of_program(constants: Mapping[str, Any]) -> float:
         flat = constants[f"{prefix}LOADS"] == implicit_gemm.FLAT
         depth += _round_up(kernel**2 * channels, block) if flat else kernel**2 * _round_up(channels, block)
     if not depth:
-        return 0.0
+        return None
     return 2.0 * constants["ROWS"] * constants["COLUMNS"] * constants["OUTPUTS"] * depth
 
 

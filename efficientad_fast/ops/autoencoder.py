@@ -122,22 +122,27 @@ def workspace_size(image_size: Sequence[int], size: Sequence[int], channels: Seq
 
 def mixed_parts(
     images: int, image_size: Sequence[int], size: Sequence[int], channels: Sequence[int] = CHANNELS
-) -> tuple[int, int]:
-    """Numbers of the workspace's two parts, into which layers write in turn: room for the largest of each.
+) -> tuple[int, int, int]:
+    """Numbers of the workspace's three parts: two into which layers write in turn, and one for what is resized.
 
-    Both are multiples of 16, so that each begins at as many bytes as vectors have.
+    Each has room for the largest, and is a multiple of 16, so that the next begins at as many bytes as vectors have.
 
     Args:
         images: how many.
         image_size, size: height and width of images and result.
         channels: outputs of each layer; those of the last, which writes the result, do not matter.
     """
-    largest = [0, 0]
-    for index, (layer, written) in enumerate(zip(layers(image_size, size)[:-1], channels, strict=False)):
+    largest, read = [0, 0, 0], 0
+    for index, (layer, written) in enumerate(zip(layers(image_size, size), channels, strict=True)):
+        height, width = layer.size
+        if layer.resized:
+            largest[2] = max(largest[2], images * height * width * read)
         height, width = layer.out_size
-        largest[index % 2] = max(largest[index % 2], images * height * width * written)
-    even, odd = (packing.round_up(one, packing.CHUNK) for one in largest)
-    return even, odd
+        if index < LAYERS - 1:
+            largest[index % 2] = max(largest[index % 2], images * height * width * written)
+        read = written
+    even, odd, resized = (packing.round_up(one, packing.CHUNK) for one in largest)
+    return even, odd, resized
 
 
 def mixed_workspace_size(

@@ -221,6 +221,8 @@ class MixedPlan(Plan):
     def run_images(self, images: Tensor, preprocessing: ImagePreprocessing) -> tuple[Tensor, Tensor]:
         """Scores ``(N,)`` and anomaly maps ``(N, 1, *size)`` on the plan's device, without waiting for them.
 
+        They may share memory, which is copied at once: who keeps scores alone had better clone them.
+
         Args:
             images: ``(N, h, w, 3)`` RGB, uint8 or float32 in [0, 1], on any device.
             preprocessing: a `Preprocessing`, of the plan's size.
@@ -233,7 +235,8 @@ class MixedPlan(Plan):
 
         def take(buffers: _Buffers) -> tuple[Tensor, Tensor]:
             if buffers.outcome is not None:
-                return buffers.score.clone(), buffers.anomaly_map.clone()
+                outcome = buffers.outcome.clone()
+                return outcome[: len(images)], outcome[len(images) :].view(buffers.anomaly_map.shape)
             map_st, map_ae = buffers.raw
             scores, _ = self.scored_maps(map_st, map_ae, self.quantiles, [original_size] * len(images))
             return scores, self.anomaly_map(map_st, map_ae, self.quantiles, self.size)[0]
@@ -425,24 +428,19 @@ class MixedPlan(Plan):
         self, images: Sequence[Tensor], preprocessing: ImagePreprocessing, take: Callable[[_Buffers], _Taken]
     ) -> _Taken:
         """The same for ``(n, h, w, 3)`` on the device: groups of one size, or one group."""
-        first, options, preprocess = images[0], _options(preprocessing), self._operator("preprocess.out")
+        first, options = images[0], _options(preprocessing)
         count = sum(map(len, images))
         form: _Form | None = None
         if len(images) == 1:
             form = _Form(first.shape[1], first.shape[2], first.dtype, **options)
-            # Sizes that come once would cost a capture each: the graph begins behind the preprocessing for them.
-            with self._forms_lock:
-                is_known = (count, form) in self._forms
-                self._forms[count, form] = None
-                self._forms.move_to_end((count, form))
-                while len(self._forms) > _FORMS_REMEMBERED:
-                    self._forms.popitem(last=False)
-            form = form if is_known else None
+            if not self._is_known(count, form):
+                form = None
 
         def fill(buffers: _Buffers) -> None:
             if buffers.pixels is not None:
                 buffers.pixels.copy_(first)
                 return
+            preprocess = self._operator("preprocess.out")
             begin = 0
             for group in images:
                 preprocess(group, **options, out=buffers.rgb[begin : begin + len(group)])
@@ -450,6 +448,21 @@ class MixedPlan(Plan):
             _fill(buffers, buffers.rgb)
 
         return self._in_turn(_Key(count, *self.size, False, form), fill, take, None)
+
+    def _is_known(self, count: int, form: _Form) -> bool:
+        """Whether such images came before.
+
+        Sizes that come once would cost a capture each: the graph begins behind the preprocessing for them.
+        """
+        if _Key(count, *self.size, False, form) in self._entries:
+            return True
+        with self._forms_lock:
+            is_known = (count, form) in self._forms
+            self._forms[count, form] = None
+            self._forms.move_to_end((count, form))
+            while len(self._forms) > _FORMS_REMEMBERED:
+                self._forms.popitem(last=False)
+        return is_known
 
     def _in_turn(
         self,

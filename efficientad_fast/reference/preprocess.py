@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -158,9 +159,19 @@ def resize_antialias(image: Tensor, size: tuple[int, int], dtype: torch.dtype = 
     unit = _to_unit_range(image, dtype).unsqueeze(0)
     if width == 1:
         # PyTorch 2.13 on the CPU repeats a row for all others in results one pixel wide.
-        turned = F.interpolate(unit.mT, (width, height), mode="bilinear", antialias=True, align_corners=False)
-        return turned.mT.squeeze(0)
-    return F.interpolate(unit, (height, width), mode="bilinear", antialias=True, align_corners=False).squeeze(0)
+        return _antialiased(unit.mT, (width, height)).mT.squeeze(0)
+    return _antialiased(unit, (height, width)).squeeze(0)
+
+
+def _antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
+    resize = partial(F.interpolate, size=size, mode="bilinear", antialias=True, align_corners=False)
+    try:
+        return resize(image)
+    except RuntimeError as error:
+        # PyTorch 2.11 on a GPU, of an image some hundred times larger than the result in float64.
+        if not image.is_cuda or "shared memory" not in str(error):
+            raise
+        return resize(image.cpu()).to(image.device)
 
 
 def normalise(image: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:

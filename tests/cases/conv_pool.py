@@ -112,7 +112,8 @@ def mixed(
             "out": written(tuple(size), out_dtype or dtype),
         }
 
-    return Case(f"mixed, {name}", "conv_pool.mixed", make, quantity="conv_pool, mixed")
+    row = "conv_pool, products of float8" if dtype == FLOAT8 else "conv_pool, mixed"
+    return Case(f"mixed, {name}", "conv_pool.mixed", make, quantity=row)
 
 
 def pack_case(name: str, shape: tuple[int, int, int, int], algorithm: str, *, groups: int = 1) -> Case:

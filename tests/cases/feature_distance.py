@@ -123,7 +123,8 @@ def mixed(
         settings |= {"workspace": torch.zeros(numbers)}
         return (*narrow, scales, bias), settings
 
-    return Case(f"mixed, {name}", "feature_distance.mixed", make, quantity="feature_distance, mixed")
+    row = "feature_distance, products of float8" if dtype == FLOAT8 else "feature_distance, mixed"
+    return Case(f"mixed, {name}", "feature_distance.mixed", make, quantity=row)
 
 
 def pack_case(
