@@ -396,7 +396,7 @@ def _launch_resize(read: Tensor, out: Tensor) -> None:
 
 def _channels_last(room: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """The first numbers of some room as a tensor ``(N, C, H, W)``, channels-last."""
-    images, channels, height, width = shape
+    _, channels, height, width = shape
     return room.as_strided(shape, (height * width * channels, 1, width * channels, channels))
 
 

@@ -296,8 +296,8 @@ def facts(
 
     ``capability``, ``dtype`` and its ``bits``, ``kernel``, ``channels`` and ``outputs`` of a group, ``groups``,
     ``images``, ``height`` and ``width`` of what the convolution makes, ``pixels`` of all images of that; ``squares``:
-    how many tiles of 128 pixels by 128 outputs that is; ``line``: whether a tile may be a piece of all pixels in a line,
-    of which it does not matter how wide an image is.
+    how many tiles of 128 pixels by 128 outputs of all groups that is; ``line``: whether a tile may be a piece of all
+    pixels in a line, of which it does not matter how wide an image is.
     """
     pixels = images.shape[0] * height * width
     return {

@@ -61,7 +61,7 @@ def build_plan(source: PlanInput, device: torch.device, dtype: torch.dtype, *, b
     """The plan for a device and dtype. ``backend`` forces one; ``auto`` takes the fastest that works there.
 
     A :class:`MixedPlan` on a GPU is tried on one image first, beside the networks in float32 (in float8, beside its
-    operators' references), for its kernels were made without a GPU at hand. Where it fails, and where a GPU is too old
+    operators' references), for its kernels were tried on few kinds of GPU. Where it fails, and where a GPU is too old
     for it or lacks Triton, plain PyTorch runs, and a RuntimeWarning says why, once.
 
     Raises:
