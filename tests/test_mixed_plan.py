@@ -388,8 +388,8 @@ def test_reference_maps_round_as_the_kernels_should(plain: PlanInput) -> None:
 class Standing:
     """In place of a plan: remembers what it was made of."""
 
-    def __init__(self, source: PlanInput, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype, self.size = device, dtype, source.size
+    def __init__(self, source: PlanInput, device: torch.device, dtype: torch.dtype, namespace: str = "") -> None:
+        self.device, self.dtype, self.size, self.namespace = device, dtype, source.size, namespace
 
 
 class StandingMixed(Standing):
@@ -406,7 +406,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     facts: dict[str, Any] = {"capability": (9, 0), "broken": None}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: facts["capability"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Test GPU")
-    monkeypatch.setattr(ops, "implementations", lambda: ("cpu", "triton"))
+    monkeypatch.setattr(ops, "works_on", lambda implementation, device: implementation == "triton")
     monkeypatch.setattr(ops, "has_kernel", lambda implementation, name, device: True)
     monkeypatch.setattr(planning, "MixedPlan", StandingMixed)
     monkeypatch.setattr(planning, "ReferencePlan", StandingReference)
@@ -463,12 +463,34 @@ def test_without_triton_or_with_other_networks(
     with pytest.warns(RuntimeWarning, match="the networks are not PatchDescriptionNetwork"):
         assert type(build_plan(other, GPU, torch.float16)) is StandingReference
     monkeypatch.setattr(ops, "has_kernel", lambda implementation, name, device: name != "autoencoder.mixed")
-    with pytest.raises(BackendError, match=r"no kernel of autoencoder\.mixed\. Use"):
+    with pytest.raises(BackendError, match=r"no kernel of autoencoder\.mixed; .* says more\. Use"):
         build_plan(plain, GPU, torch.float16, backend="operators")
-    monkeypatch.setattr(ops, "implementations", lambda: ("cpu",))
+    monkeypatch.setattr(ops, "works_on", lambda implementation, device: False)
     with pytest.warns(RuntimeWarning, match="Triton is not installed"):
         assert type(build_plan(plain, GPU, torch.float16)) is StandingReference
     assert default_dtype(GPU, plain) == torch.float32
+
+
+def test_one_implementation_runs_every_step_or_the_plan_is_refused(
+    plain: PlanInput, gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = build_plan(plain, GPU, torch.float16, backend="triton")
+    assert isinstance(plan, StandingMixed) and plan.namespace == "efficientad_fast_triton"
+    with pytest.raises(BackendError, match=r"'cuda' was asked for, but there are no kernels for this GPU: .*Use"):
+        build_plan(plain, GPU, torch.float16, backend="cuda")
+    monkeypatch.setattr(ops, "works_on", lambda implementation, device: True)
+    for backend, namespace in (("cuda", "efficientad_fast_cuda"), ("auto", "efficientad_fast")):
+        plan = build_plan(plain, GPU, torch.float16, backend=backend)  # type: ignore[arg-type]
+        assert isinstance(plan, StandingMixed) and plan.namespace == namespace
+    # CUDA C++ alone is enough where there is no Triton.
+    monkeypatch.setattr(ops, "works_on", lambda implementation, device: implementation == "cuda")
+    assert type(build_plan(plain, GPU, torch.float16)) is StandingMixed
+    monkeypatch.setattr(ops, "has_kernel", lambda implementation, name, device: name != "preprocess.out")
+    assert type(build_plan(plain, GPU, torch.float16)) is StandingMixed
+    with pytest.raises(BackendError, match=r"'cuda' was asked for, but there is no kernel of preprocess\.out"):
+        build_plan(plain, GPU, torch.float16, backend="cuda")
+    with pytest.raises(BackendError, match=r"'triton' was asked for, but its kernels run on GPUs alone, .* is cpu"):
+        build_plan(plain, CPU, torch.float32, backend="triton")
 
 
 def test_float8_on_a_cpu_runs_by_the_references_and_nowhere_else(plain: PlanInput) -> None:

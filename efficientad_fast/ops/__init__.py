@@ -178,6 +178,11 @@ def choose(qualified_name: str, device_index: int) -> Callable[..., Any]:
     return overload(qualified_name).reference
 
 
+def works_on(implementation: Implementation, device: torch.device) -> bool:
+    """Whether it is installed and runs on that GPU."""
+    return _works_on(implementation, ".".join(map(str, torch.cuda.get_device_capability(device))))
+
+
 @_Once
 def _works_on(implementation: Implementation, capability: str) -> bool:
     """Whether it is installed and runs on GPUs of that capability; a built library that does not is told of once."""

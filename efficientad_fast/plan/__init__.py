@@ -51,6 +51,8 @@ __all__ = [
 LEAST_CAPABILITY = {torch.float16: (8, 0), torch.bfloat16: (8, 0), torch.float8_e4m3fn: (8, 9)}
 """Compute capability of the oldest GPUs whose kernels there are."""
 
+GPU_IMPLEMENTATIONS: tuple[ops.Implementation, ...] = ("triton", "cuda")
+
 LARGEST_ERRORS = {torch.float16: 2e-2, torch.bfloat16: 1.5e-1, torch.float8_e4m3fn: 1e-1}
 """Of a plan's raw maps, as norm over norm, beyond which its kernels count as broken: ten times what rounding does."""
 
@@ -73,20 +75,22 @@ def build_plan(source: PlanInput, device: torch.device, dtype: torch.dtype, *, b
     is_float8 = dtype == torch.float8_e4m3fn
     if is_float8 and backend == "reference":
         raise BackendError("Plain PyTorch has no convolutions in float8. Use backend='auto', or dtype='float16'.")
-    why_not = _why_no_operators(source, device, dtype)
+    implementation: ops.Implementation | None = backend if backend in ("triton", "cuda") else None
+    why_not = _why_no_operators(source, device, dtype, implementation)
     if backend == "reference":
         return ReferencePlan(source, device, dtype)
     if why_not is None:
         if device.type == "cpu" and not is_float8:
             return OperatorPlan(source, device, dtype)
-        plan = MixedPlan(source, device, dtype)
+        namespace = ops.NAMESPACE if implementation is None else f"{ops.NAMESPACE}_{implementation}"
+        plan = MixedPlan(source, device, dtype, namespace=namespace)
         why_not = _why_broken(plan, source) if device.type == "cuda" else None
         if why_not is None:
             return plan
     if is_float8:
         raise BackendError(f"float8 was asked for, but {why_not}. Use dtype={_instead(device)!r}.")
-    if backend == "operators":
-        raise BackendError(f"Backend 'operators' was asked for, but {why_not}. Use backend='auto'.")
+    if backend != "auto":
+        raise BackendError(f"Backend {backend!r} was asked for, but {why_not}. Use backend='auto'.")
     if device.type == "cuda" and dtype in MIXED_DTYPES:
         _warn_once(f"The networks run as plain PyTorch in {_name(dtype)}, which takes longer: {why_not}.")
     return ReferencePlan(source, device, dtype)
@@ -94,13 +98,18 @@ def build_plan(source: PlanInput, device: torch.device, dtype: torch.dtype, *, b
 
 def default_dtype(device: torch.device, source: PlanInput) -> torch.dtype:
     """float16 on a GPU whose kernels there are, else float32."""
-    runs = device.type == "cuda" and _why_no_operators(source, device, torch.float16) is None
+    runs = device.type == "cuda" and _why_no_operators(source, device, torch.float16, None) is None
     return torch.float16 if runs else torch.float32
 
 
-def _why_no_operators(source: PlanInput, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_no_operators(
+    source: PlanInput, device: torch.device, dtype: torch.dtype, implementation: ops.Implementation | None
+) -> str | None:
+    """``implementation``: that alone, on a GPU."""
     if device.type == "cuda":
-        why_not = _why_no_gpu_kernels(device, dtype)
+        why_not = _why_no_gpu_kernels(device, dtype, implementation)
+    elif implementation is not None:
+        why_not = f"its kernels run on GPUs alone, and the device is {device}"
     elif dtype == torch.float8_e4m3fn:
         why_not = None
     elif dtype != torch.float32:
@@ -120,7 +129,9 @@ def _why_no_operators(source: PlanInput, device: torch.device, dtype: torch.dtyp
     return None
 
 
-def _why_no_gpu_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_no_gpu_kernels(
+    device: torch.device, dtype: torch.dtype, implementation: ops.Implementation | None
+) -> str | None:
     if dtype not in MIXED_DTYPES:
         return f"on a GPU they compute in float16, bfloat16 and float8 alone, not in {_name(dtype)}"
     capability, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY[dtype]
@@ -130,11 +141,20 @@ def _why_no_gpu_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
             f"kernels in {_name(dtype)} need a GPU of compute capability {least[0]}.{least[1]} or newer, and {name} "
             f"has {capability[0]}.{capability[1]}"
         )
-    if "triton" not in ops.implementations():
-        return "Triton is not installed, or without this package's kernels; `efficientad-fast info` says more"
     ops.load()
-    missing = [name for name in OPERATORS if "mixed" in name and not ops.has_kernel("triton", name, "CUDA")]
-    return f"this installation has no kernel of {', '.join(missing)}" if missing else None
+    asked = GPU_IMPLEMENTATIONS if implementation is None else (implementation,)
+    working = [one for one in asked if ops.works_on(one, device)]
+    # What a plan cannot do without; images and results may take longer.
+    needed = [name for name in OPERATORS if "mixed" in name or implementation is not None]
+    missing = [name for name in needed if not any(ops.has_kernel(one, name, "CUDA") for one in working)]
+    if not missing:
+        return None
+    reasons = [f"there is no kernel of {', '.join(missing)}" if working else "there are no kernels for this GPU"]
+    if "triton" in asked and "triton" not in working:
+        reasons.append("Triton is not installed, or without this package's kernels")
+    if implementation == "cuda" and "cuda" not in working:
+        reasons.append(f"{native.why_not_built('cuda') or 'the CUDA library was built for others'}")
+    return f"{': '.join(reasons)}; `efficientad-fast info` says more"
 
 
 def _why_broken(plan: MixedPlan, source: PlanInput) -> str | None:
