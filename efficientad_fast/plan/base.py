@@ -18,8 +18,8 @@ from efficientad_fast.reference.maps import MapConvention, Quantiles
 from efficientad_fast.reference.networks import FEATURE_BORDER, require_admitted_size
 
 Backend = Literal["auto", "operators", "triton", "cuda", "reference"]
-"""``auto`` takes the fastest that works. ``operators`` insists on this package's kernels, ``triton`` and ``cuda`` on those
-of one implementation in every step on a GPU, ``reference`` on plain PyTorch."""
+"""``auto`` takes the fastest that works. ``operators`` insists on this package's kernels, ``triton`` and ``cuda`` on
+those of one implementation in every step on a GPU, ``reference`` on plain PyTorch."""
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
