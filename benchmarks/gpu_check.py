@@ -6,7 +6,8 @@
 2. tests every operator on the device: results of each implementation against the float64 reference, and CUDA graphs;
 3. predicts with EfficientAD-S and -M in float16, bfloat16 and float8: maps against float64, then latency at batch 1 and
    throughput of larger batches, from uint8 images on the GPU to map and score there, and from the host to the host;
-4. times every step of these plans by itself, beside its floor at this GPU's own rates (see `benchmarks.roofline`);
+4. times every step of these plans by itself, by each implementation that has it, beside its floor at this GPU's own
+   rates (see `benchmarks.roofline`); the fastest is marked;
 5. runs every operator's benchmarks on the device;
 6. runs the remaining tests there: the plan's graphs, threads and streams, then refusals, memory, opcheck;
 7. prints short tables last and writes everything, with GPU, driver, versions and date, to ``benchmarks/results/``.
@@ -301,16 +302,40 @@ def step_tables(rows: Sequence[dict[str, Any]], dtype: str = "float16") -> list[
             title = f"{model}: steps, each by itself, farthest from its floor first"
             table = Table(title=title, title_justify="left")
             table.add_column("step")
-            for head in ("us", "floor", "with tiles", "x floor", "launches"):
+            implementations = sorted({name for step in found["steps"] for name in step.get("by", {})}, reverse=True)
+            for head in ("us", *implementations, "floor", "with tiles", "x floor", "launches"):
                 table.add_column(head, justify="right")
             for step in found["steps"]:
                 figures = [f"{1e6 * step['seconds']:.1f}"]
+                figures += [_by(step, name) for name in implementations]
                 if "floor" in step:
                     figures += [f"{1e6 * step[name]:.1f}" for name in ("floor", "floor_with_tiles")]
                     figures += [f"{step['seconds'] / step['floor']:.1f}", str(step["launches"])]
                 table.add_row(step["layer"], *figures)
             tables.append(table)
     return tables
+
+
+def _by(step: dict[str, Any], implementation: str) -> str:
+    """Microseconds of an implementation of the step, marked where it is the fastest."""
+    by: dict[str, float | None] = step.get("by", {})
+    seconds = by.get(implementation)
+    if seconds is None:
+        return "WRONG" if implementation in by else ""
+    fastest = min(one for one in by.values() if one is not None)
+    return f"{1e6 * seconds:.1f}{' *' if len(by) > 1 and seconds == fastest else ''}"
+
+
+def wrong_steps(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences about implementations that made another result of a step than the plan's."""
+    return [
+        f"{row['model_size']}, {row['dtype']}, batch {batch}: {step['layer']} by {name} is not what the plan makes"
+        for row in rows
+        for batch, found in row.get("by_batch", {}).items()
+        for step in found.get("steps", ())
+        for name, seconds in step.get("by", {}).items()
+        if seconds is None
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -354,6 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What there was no time for is missed, and nothing is wrong; but results must have been tested.
     timed, rest = (0 if code == STOPPED else code for code in (timed, rest))
     failures += [f"{row['model_size']}, {row['dtype']}: {row['reason']}" for row in predictions if "reason" in row]
+    failures += wrong_steps(predictions)
     # Every implementation must have run: a library without CUDA code would only be skipped.
     wanted = {"public", "cuda", "triton", "reference"} if gpu else {"public", "reference"}
     ran = {row["implementation"] for row in tests if row.get("passed")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -27,7 +28,8 @@ from benchmarks.gpu import contest, contestants, predictions, timing, worker
 from benchmarks.gpu.contest import Entrants, Row, Task, compete
 from benchmarks.gpu.contestants import Contestant, Eager
 from benchmarks.peers.networks import Reference
-from efficientad_fast import Detector
+from efficientad_fast import Detector, native, ops
+from efficientad_fast.plan import Step
 
 CPU = torch.device("cpu")
 
@@ -175,7 +177,7 @@ def test_what_is_raised_is_a_row_s_result(files: Path) -> None:
 def test_steps_are_timed_where_asked_for_and_batches_end_with_the_time(files: Path) -> None:
     row = worker.measure(task(files, "known", steps=(3,)), CPU, Clock())
     assert "steps" not in row["by_batch"]["1"]
-    assert row["by_batch"]["3"]["steps"] == [{"layer": "conv3", "seconds": 1e-4}]
+    assert row["by_batch"]["3"]["steps"] == [{"layer": "conv3", "seconds": 1e-4, "by": {}}]
     row = worker.measure(task(files, "known", limit=-1.0), CPU, Clock())
     assert list(row["by_batch"]) == ["1"] and row["left_out"] == "batches from 3 on, as the time was up"
 
@@ -360,6 +362,38 @@ def test_gpu_check_s_tables() -> None:
     assert cells[2][1] == "FAILED" and cells[-1][2] == "2.0e-04"
     (one,) = gpu_check.step_tables(rows)
     assert [next(iter(column.cells)) for column in one.columns] == ["conv2", "90.0", "40.0", "50.0", "2.2", "1"]
+
+
+def test_the_fastest_implementation_of_a_step_is_marked_and_a_wrong_one_fails() -> None:
+    steps = [
+        {"layer": "conv2", "seconds": 9e-5, "by": {"triton": 9e-5, "cuda": 8e-5}},
+        {"layer": "conv1", "seconds": 4e-6, "by": {"triton": 4e-6, "cuda": None}},
+        {"layer": "anomaly_map", "seconds": 4e-6, "by": {"triton": 4e-6}},
+    ]
+    rows = [{"model_size": "s", "dtype": "float16", "by_batch": {"1": {"steps": steps}}}]
+    (table,) = gpu_check.step_tables(rows)
+    shown = {str(column.header): list(column.cells) for column in table.columns}
+    assert shown["triton"] == ["90.0", "4.0 *", "4.0"] and shown["cuda"] == ["80.0 *", "WRONG", ""]
+    assert gpu_check.wrong_steps(rows) == ["s, float16, batch 1: conv1 by cuda is not what the plan makes"]
+
+
+def test_implementations_of_a_step_are_compared_and_timed() -> None:
+    if not native.is_built("cpu"):
+        pytest.skip("the CPU library is not built")
+    ops.load()
+    maps, out = torch.rand(2, 1, 1, 8, 8), torch.empty(1, 1, 32, 32)
+    written_to = {"border": 0, "convention": "resized", "anomaly_map": out, "score": torch.empty(1)}
+    run = functools.partial(torch.ops.efficientad_fast.anomaly_map.out, maps[0], maps[1], None, **written_to)
+    step = Step("anomaly_map", (maps[0], maps[1]), [], {}, out, run)
+    assert worker.by_implementation(step, Clock(), ("cpu", "triton")) == {"cpu": 1e-4}
+    assert worker.by_implementation(step, Clock()) == {}
+
+    def wrong(*args: Any, **kwargs: Any) -> None:
+        out.fill_(1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "resolve", lambda namespace, name: wrong)
+        assert worker.by_implementation(step, Clock(), ("cpu",)) == {"cpu": None}
 
 
 def test_floors_stand_beside_steps_and_the_farthest_comes_first() -> None:

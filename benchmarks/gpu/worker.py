@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from torch import Tensor
 from benchmarks.gpu.contest import DTYPES, LARGEST_ERROR, Row, Task
 from benchmarks.gpu.contestants import CONTESTANTS, Contestant
 from benchmarks.gpu.timing import Clock, CudaClock, spread
+from efficientad_fast import ops
 from efficientad_fast.detector import Detector
 from efficientad_fast.files import atomic_path
+from efficientad_fast.plan import GPU_IMPLEMENTATIONS, Step
 
 
 def measure(task: Task, device: torch.device, clock: Clock) -> Row:
@@ -62,11 +66,47 @@ def measure(task: Task, device: torch.device, clock: Clock) -> Row:
             }
         if batch in task.steps:
             with contestant.steps() as steps:
-                measured["steps"] = [{"layer": step.layer, "seconds": clock.step(step.run)} for step in steps]
+                measured["steps"] = [
+                    {"layer": step.layer, "seconds": clock.step(step.run), "by": by_implementation(step, clock)}
+                    for step in steps
+                ]
         before = time.perf_counter()
     if device.type == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return row
+
+
+def by_implementation(
+    step: Step, clock: Clock, implementations: Sequence[ops.Implementation] = GPU_IMPLEMENTATIONS
+) -> dict[str, float | None]:
+    """Seconds of each implementation that has a kernel for the step; None where it makes another result than the step.
+
+    Nothing for a step that is no call of an operator, and on a CPU none of those on a GPU.
+    """
+    run = step.run
+    if not (isinstance(run, partial) and isinstance(run.func, torch._ops.OpOverload)):
+        return {}
+    name, device = run.func.name().partition("::")[2], step.out.device
+    step.run()
+    expected = step.out.double()
+    found: dict[str, float | None] = {}
+    for implementation in implementations:
+        on_gpu = implementation in GPU_IMPLEMENTATIONS
+        if on_gpu != step.out.is_cuda or (on_gpu and not ops.works_on(implementation, device)):
+            continue
+        if not ops.has_kernel(implementation, name, device.type.upper()):
+            continue
+        same = partial(ops.resolve(f"{ops.NAMESPACE}_{implementation}", name), *run.args, **run.keywords)
+        step.out.fill_(math.nan)
+        same()
+        error = float((step.out.double() - expected).norm() / expected.norm())
+        right = error <= max(torch.finfo(step.out.dtype).eps, MOST_APART)
+        found[implementation] = clock.step(same) if right else None
+    return found
+
+
+MOST_APART = 1e-3
+"""Two implementations' results of a step, as norm over norm, and that of one rounding if it is more."""
 
 
 def allowed(quantity: str, largest: float) -> float:
