@@ -32,7 +32,7 @@ CSRC = ROOT / "csrc"
 SIMT = CSRC / "simt"
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-PARTS = ("fiber", "symbols", "memory", "machine", "hooks", "bindings")
+PARTS = ("fiber", "symbols", "memory", "ptx", "machine", "hooks", "bindings")
 PLAIN_FLAGS = ["-O2"]
 # Kernels keep the accesses they are written with: none is hoisted out of a condition, split, merged or hidden in an
 # expanded memcpy; and a product and a sum stay two operations, whatever this processor has.

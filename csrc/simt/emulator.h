@@ -90,7 +90,22 @@ std::vector<std::string> unguarded_shared_variables();
 
 // What device code calls (csrc/simt/device.h gives the names of CUDA C++ to it).
 
-enum class WarpOperation : std::uint8_t { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kAny, kAll };
+enum class WarpOperation : std::uint8_t {
+  kSync,
+  kShuffle,
+  kShuffleUp,
+  kShuffleDown,
+  kShuffleXor,
+  kBallot,
+  kAny,
+  kAll,
+  // Of all lanes, and no order among them.
+  kLoadTwo,
+  kLoadFour,
+  kMultiplyFloat16,
+  kMultiplyBFloat16,
+  kMultiplyE4m3,
+};
 enum class BlockOperation : std::uint8_t { kSync, kOr, kAnd, kCount };
 
 __attribute__((const)) Index3 thread_index() noexcept;
@@ -103,5 +118,20 @@ std::uint64_t warp_operation(WarpOperation operation, unsigned mask, std::uint64
 __attribute__((const)) unsigned lane_index() noexcept;
 void fence();
 [[noreturn]] void trap();
+
+// What csrc/simt/ptx.h calls. Structures, so that no address of a kernel's registers is taken.
+
+struct Matrices {
+  std::uint32_t registers[4];
+};
+struct Sums {
+  float numbers[4];
+};
+
+void copy_async(void* shared, const void* global, unsigned bytes, bool taken);
+void commit_copies();
+void wait_for_copies(unsigned pending);
+Matrices load_matrices(WarpOperation operation, const void* row);
+Sums multiply_add(WarpOperation operation, Sums sums, Matrices left, std::uint64_t right);
 
 }  // namespace efficientad_fast::simt

@@ -35,6 +35,11 @@ const char* name_of(WarpOperation operation) {
     case WarpOperation::kBallot: return "__ballot_sync";
     case WarpOperation::kAny: return "__any_sync";
     case WarpOperation::kAll: return "__all_sync";
+    case WarpOperation::kLoadTwo: return "load_matrices of two";
+    case WarpOperation::kLoadFour: return "load_matrices of four";
+    case WarpOperation::kMultiplyFloat16: return "multiply_add of float16";
+    case WarpOperation::kMultiplyBFloat16: return "multiply_add of bfloat16";
+    case WarpOperation::kMultiplyE4m3: return "multiply_add of e4m3";
   }
   return "";
 }
@@ -55,12 +60,16 @@ std::string hexadecimal(unsigned mask) {
   return digits;
 }
 
+std::string call_text(WarpOperation operation, unsigned mask) {
+  return name_of(operation) + (is_of_matrices(operation) ? "" : "(" + hexadecimal(mask) + ")");
+}
+
 std::string waiting_text(const Thread& thread) {
   switch (thread.status) {
     case Thread::Status::kExited: return "has exited";
     case Thread::Status::kAtBlock: return std::string("waits at ") + name_of(thread.block_operation);
     case Thread::Status::kAtWarp:
-      return std::string("waits at ") + name_of(thread.warp_operation) + "(" + hexadecimal(thread.mask) + ")";
+      return "waits at " + call_text(thread.warp_operation, thread.mask);
     case Thread::Status::kReady: break;
   }
   return "runs";
@@ -92,6 +101,28 @@ bool is_at(const Thread& thread, WarpOperation operation, unsigned mask) {
   return thread.status == Thread::Status::kAtWarp && thread.warp_operation == operation && thread.mask == mask;
 }
 
+// Matrices are spread over all 32 lanes, and the hardware does without none of them.
+void complete_matrices(Thread& thread, unsigned present) {
+  Worker& worker = *thread.worker;
+  Warp& warp = *thread.warp;
+  Thread* const lanes = &worker.threads[warp.first];
+  if (present != ~0u) {
+    const auto missing = static_cast<unsigned>(__builtin_ctz(~present));
+    const Thread& first = lanes[__builtin_ctz(present)];
+    record_failure(worker, first,
+                   std::string("calls ") + name_of(first.warp_operation) + ", for which lane " +
+                       std::to_string(missing) + " is needed, which " +
+                       (missing < warp.lanes ? "has exited" : "the block does not have"),
+                   first.caller);
+    return;
+  }
+  exchange_matrices(worker, warp, thread.warp_operation);
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    lanes[lane].status = Thread::Status::kReady;
+  }
+  warp.waiting = 0;
+}
+
 // Lets `thread` and the lanes it waits for go on, if they are all there.
 void try_to_complete(Thread& thread) {
   Worker& worker = *thread.worker;
@@ -109,6 +140,11 @@ void try_to_complete(Thread& thread) {
     }
     present |= 1u << lane;
     ballot |= (lanes[lane].value != 0 ? 1u : 0u) << lane;
+  }
+
+  if (is_of_matrices(operation)) {
+    complete_matrices(thread, present);
+    return;
   }
 
   std::array<std::uint64_t, kWarp> results{};
@@ -129,6 +165,7 @@ void try_to_complete(Thread& thread) {
       case WarpOperation::kBallot: results[lane] = ballot; continue;
       case WarpOperation::kAny: results[lane] = ballot != 0; continue;
       case WarpOperation::kAll: results[lane] = ballot == present; continue;
+      default: break;
     }
     if ((present >> source & 1) == 0) {
       const bool exists = source < warp.lanes;
@@ -136,8 +173,7 @@ void try_to_complete(Thread& thread) {
                               : exists                  ? ", which has exited"
                                                         : ", which the block does not have";
       record_failure(worker, reader,
-                     std::string("reads lane ") + std::to_string(source) + " in " + name_of(operation) + "(" +
-                         hexadecimal(mask) + ")" + why,
+                     "reads lane " + std::to_string(source) + " in " + call_text(operation, mask) + why,
                      reader.caller);
       return;
     }
@@ -204,6 +240,10 @@ void enter() {
   const Launch& launch = *thread.worker->machine->launch;
   launch.invoke(launch.kernel, launch.arguments);
   running = nullptr;
+  if (!thread.copies.empty()) {
+    const Copy& copy = thread.copies.front();
+    fail(thread, "ends without having waited for its copy to " + place_of(thread, copy.to), copy.caller);
+  }
   finish(thread);
   yield(thread);
   __builtin_unreachable();
@@ -311,6 +351,7 @@ void Worker::run_block(std::uint64_t block_index) {
   fenced = learned = failed = false;
   fences = nullptr;
   known.clear();
+  copies = 0;
   ++counts.blocks;
   const std::uint64_t seed = settings().order == 0 ? 0 : settings().order + block_index + 1;
   shuffle(warp_order, warps.size(), seed);
@@ -333,6 +374,8 @@ void Worker::run_block(std::uint64_t block_index) {
     thread.fence_epoch = 0;
     thread.touches = 0;
     thread.known.clear();
+    thread.copies.clear();
+    thread.groups.clear();
     prepare(thread.context, stacks.low(i), stacks.high(i), enter);
   }
 
@@ -574,25 +617,28 @@ int block_barrier(BlockOperation operation, int predicate) {
   return static_cast<int>(thread->value);
 }
 
+void wait_for_warp(Thread& thread, WarpOperation operation, unsigned mask, const void* caller) {
+  thread.status = Thread::Status::kAtWarp;
+  thread.warp_operation = operation;
+  thread.mask = mask;
+  thread.caller = caller;
+  ++thread.warp->waiting;
+  try_to_complete(thread);
+  if (thread.status != Thread::Status::kReady || thread.worker->failed) {
+    yield(thread);
+  }
+}
+
 std::uint64_t warp_operation(WarpOperation operation, unsigned mask, std::uint64_t value, int argument, int width) {
   const Paused thread;
   const void* const caller = __builtin_return_address(0);
   if ((mask >> thread->lane & 1) == 0) {
-    fail(*thread, std::string("calls ") + name_of(operation) + "(" + hexadecimal(mask) + ") and is not in the mask",
-         caller);
+    fail(*thread, "calls " + call_text(operation, mask) + " and is not in the mask", caller);
   }
-  thread->status = Thread::Status::kAtWarp;
-  thread->warp_operation = operation;
-  thread->mask = mask;
   thread->value = value;
   thread->argument = argument;
   thread->width = width;
-  thread->caller = caller;
-  ++thread->warp->waiting;
-  try_to_complete(*thread);
-  if (thread->status != Thread::Status::kReady || thread->worker->failed) {
-    yield(*thread);
-  }
+  wait_for_warp(*thread, operation, mask, caller);
   return thread->value;
 }
 

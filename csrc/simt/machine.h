@@ -1,5 +1,5 @@
 // The emulator's insides: what is known of every byte, every thread, every warp and every block.
-// README.md says what the rules are; memory.cpp judges accesses, machine.cpp runs threads.
+// README.md says what the rules are; memory.cpp judges accesses, machine.cpp runs threads, ptx.cpp copies and multiplies.
 
 #pragma once
 
@@ -39,12 +39,18 @@ struct Cell {
   } read;
 };
 
+// The thread of a block that copies to a word and has not waited for it.
+struct UnderWay {
+  std::uint32_t block, thread;
+};
+
 // Four bytes that were always touched together have one cell, in `first`. The other three of a word in `split` are in
 // `rest`, apart, so that memory in which no word is split has no use for it.
 struct Shadow {
   Cell *first, *rest;
   std::uint8_t* split;
   std::uint8_t* written;  // of global memory; shared memory is written if this block has written it
+  UnderWay* under_way;    // of shared memory, by word
   void* mapping;
   std::size_t mapping_bytes;
 
@@ -80,6 +86,15 @@ struct Known {
   std::size_t count;
 };
 
+// An asynchronous copy, whose bytes reach shared memory once its thread has waited for it.
+struct Copy {
+  char* to;
+  const void* from;  // null: zeros
+  std::size_t bytes;
+  std::array<char, 16> content;  // of `from` when it began
+  const void* caller;
+};
+
 struct Warp;
 struct Worker;
 
@@ -100,6 +115,7 @@ struct Thread {
   unsigned mask;
   std::uint64_t value;
   int argument, width;
+  std::array<std::uint32_t, 10> registers;  // of matrices: what it gives, and then from the first what it gets
   const void* caller;
 
   // Between two points that order it with lanes of its warp a thread has one clock, taken from its warp's counter.
@@ -111,6 +127,9 @@ struct Thread {
   std::array<std::uint32_t, kWarp> fence_seen;
   std::uint64_t touches;
   std::vector<Known> known;
+
+  std::vector<Copy> copies;         // under way, the oldest first
+  std::vector<std::size_t> groups;  // how many of them each group has; the rest is not committed
 };
 
 struct Warp {
@@ -137,6 +156,7 @@ struct Worker {
   bool learned = false;
   std::shared_ptr<const Release> fences;  // of all threads, in an earlier epoch
   std::vector<Known> known;
+  std::size_t copies = 0;   // under way, of all threads
   std::uint64_t place = 0;  // in the order of blocks
   bool failed = false;
 
@@ -208,11 +228,29 @@ class Paused {
 // Judges an access by the running thread; does not return if it is wrong.
 void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access, const void* caller);
 
+// Does not return if `pointer` is not a multiple of `bytes`, or lies in memory of another kind; `what` begins the
+// sentence. Whether there is any memory is left to `touch`.
+void require_kind(Thread& thread, const void* pointer, std::size_t bytes, Region::Kind kind, const char* what,
+                  const void* caller);
+
+void mark_under_way(Thread& thread, const Copy& copy);
+void clear_under_way(Thread& thread, const Copy& copy);
+
+// "tile + 4"
+std::string place_of(Thread& thread, const void* pointer);
+
 [[noreturn]] void fail_alignment(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access,
                                  const void* caller);
 
 // Ends the block of a launch with a sentence about a thread: "KERNEL: block (..) thread (..) WHAT (FILE:LINE)".
 [[noreturn]] void fail(Thread& thread, const std::string& what, const void* caller);
+
+// Has the running thread wait until all lanes of `mask` have come to the operation, and what it exchanges is exchanged.
+void wait_for_warp(Thread& thread, WarpOperation operation, unsigned mask, const void* caller);
+
+// What a warp that has all 32 lanes in an operation on matrices exchanges.
+bool is_of_matrices(WarpOperation operation);
+void exchange_matrices(Worker& worker, const Warp& warp, WarpOperation operation);
 
 std::string text(const Index3& index);
 Index3 position_of(std::uint64_t index, const Index3& extent);

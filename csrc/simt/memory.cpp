@@ -37,9 +37,10 @@ std::uintptr_t first_word(const Region& region) { return region.begin & ~std::ui
 
 Shadow* Shadow::make(std::size_t bytes, bool global) {
   const std::size_t words = words_of(bytes);
-  const std::size_t cells = words * 4 * sizeof(Cell), split = words, written = global ? words * 4 : 0;
+  const std::size_t cells = words * 4 * sizeof(Cell), under_way = global ? 0 : words * sizeof(UnderWay);
+  const std::size_t split = words, written = global ? words * 4 : 0;
   auto* const shadow = new Shadow;
-  shadow->mapping_bytes = cells + split + written;
+  shadow->mapping_bytes = cells + under_way + split + written;
   shadow->mapping = mmap(nullptr, shadow->mapping_bytes, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);  // zero where it was never touched
   if (shadow->mapping == MAP_FAILED) {
@@ -49,7 +50,8 @@ Shadow* Shadow::make(std::size_t bytes, bool global) {
   auto* const memory = static_cast<std::uint8_t*>(shadow->mapping);
   shadow->first = reinterpret_cast<Cell*>(memory);
   shadow->rest = shadow->first + words;
-  shadow->split = memory + cells;
+  shadow->under_way = global ? nullptr : reinterpret_cast<UnderWay*>(memory + cells);
+  shadow->split = memory + cells + under_way;
   shadow->written = global ? memory + cells + split : nullptr;
   return shadow;
 }
@@ -437,6 +439,16 @@ std::string place(const Region& region, std::uintptr_t address) {
   fail(thread, what + who + did + why + ": race", caller);
 }
 
+[[noreturn]] void fail_under_way(Thread& thread, const Region& region, std::uintptr_t address, std::size_t bytes,
+                                 Access access, std::uint32_t other, const void* caller) {
+  const Index3& block = thread.worker->machine->launch->block;
+  const std::string who = other == thread.index ? "it" : "thread " + text(position_of(other, block));
+  fail(thread,
+       verb(access, bytes) + place(region, address) + ", where a copy is under way that " + who +
+           " has not waited for: race",
+       caller);
+}
+
 // A thread that touches memory more often is taken to wait for another for ever.
 constexpr std::uint64_t kMostTouches = std::uint64_t{1} << 24;
 
@@ -492,6 +504,12 @@ void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access acc
   const Cell* culprit = nullptr;
   std::size_t at = offset;
   const std::size_t end = offset + bytes;
+  for (std::size_t word = at / 4; !global && worker.copies > 0 && word * 4 < end; ++word) {
+    const UnderWay& copy = shadow.under_way[word];
+    if (copy.block == worker.number) {
+      fail_under_way(thread, *region, address, bytes, access, copy.thread, caller);
+    }
+  }
   while (at < end && verdict == Verdict::kFine) {
     const CellLock lock(global && worker.machine->parallel, address - offset + at);
     const std::size_t word = at / 4;
@@ -520,6 +538,60 @@ void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access acc
   }
   if (verdict != Verdict::kFine) {
     fail_verdict(thread, *region, address, bytes, access, *culprit, verdict, caller);
+  }
+}
+
+// Copies
+
+namespace {
+
+template <typename Action>
+void for_words(Thread& thread, const Copy& copy, const Action& action) {
+  const auto address = reinterpret_cast<std::uintptr_t>(copy.to);
+  const Region& region = *find(*thread.worker, address);
+  const std::size_t first = (address - first_word(region)) / 4;
+  for (std::size_t word = first; word < first + copy.bytes / 4; ++word) {
+    action(region.shadow->under_way[word]);
+  }
+}
+
+}  // namespace
+
+void mark_under_way(Thread& thread, const Copy& copy) {
+  ++thread.worker->copies;
+  for_words(thread, copy, [&](UnderWay& word) { word = {thread.worker->number, thread.index}; });
+}
+
+void clear_under_way(Thread& thread, const Copy& copy) {
+  --thread.worker->copies;
+  for_words(thread, copy, [](UnderWay& word) { word = {0, 0}; });
+}
+
+std::string place_of(Thread& thread, const void* pointer) {
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+  if (address >= thread.stack_low && address < thread.stack_high) {
+    return "a local variable";
+  }
+  const Region* const region = find(*thread.worker, address);
+  const bool inside = region != nullptr && address < region->end;
+  return inside ? *region->name + " + " + std::to_string(address - region->begin) : std::to_string(address);
+}
+
+void require_kind(Thread& thread, const void* pointer, std::size_t bytes, Region::Kind kind, const char* what,
+                  const void* caller) {
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+  if (address % bytes != 0) {
+    fail(thread,
+         what + (" " + place_of(thread, pointer)) + ", whose address is not a multiple of " + std::to_string(bytes),
+         caller);
+  }
+  const Region* const region = find(*thread.worker, address);
+  const bool own = address >= thread.stack_low && address < thread.stack_high;
+  if (own || (region != nullptr && address < region->end && region->kind != kind)) {
+    fail(thread,
+         what + (" " + place_of(thread, pointer)) + ", which is not " +
+             (kind == Region::Kind::kGlobal ? "global" : "shared") + " memory",
+         caller);
   }
 }
 

@@ -59,6 +59,38 @@ inline std::uint16_t bfloat16_from_float(float x) {
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// To nearest, halves to even; what is beyond 448, the largest number, becomes it, and NaN 0x7f, as on the device.
+inline std::uint8_t e4m3_from_float(float x) {
+  const std::uint32_t bits = float_bits(x);
+  const auto sign = static_cast<std::uint8_t>(bits >> 24 & 0x80);
+  const std::uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    return 0x7f;
+  }
+  if (magnitude >= 0x43e00000) {  // 448
+    return sign | 0x7e;
+  }
+  if (magnitude < 0x3c800000) {  // below 2^-6: a multiple of 2^-9, which this sum rounds to
+    const float denormal = float_from(magnitude) + 16384.0f;
+    return sign | static_cast<std::uint8_t>(float_bits(denormal) - 0x46800000);
+  }
+  const std::uint32_t rounded = magnitude + 0x7ffff + (magnitude >> 20 & 1);
+  return sign | static_cast<std::uint8_t>((rounded - 0x3c000000) >> 20);
+}
+
+inline float float_from_e4m3(std::uint8_t bits) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x80) << 24;
+  const std::uint32_t magnitude = bits & 0x7f;
+  if (magnitude == 0x7f) {
+    return float_from(sign | 0x7fc00000);
+  }
+  if (magnitude < 8) {
+    const float denormal = static_cast<float>(magnitude) * 0x1p-9f;
+    return sign != 0 ? -denormal : denormal;
+  }
+  return float_from(sign | ((magnitude << 20) + 0x3c000000));
+}
+
 inline float float_from_bfloat16(std::uint16_t bits) { return float_from(static_cast<std::uint32_t>(bits) << 16); }
 
 }  // namespace efficientad_fast::simt

@@ -171,7 +171,8 @@ std::string Symbols::source_line(const void* address) const {
   while (std::fgets(line, sizeof(line), answer) != nullptr) {
     std::string text = line;
     text = text.substr(0, text.find_first_of(" \n"));  // a discriminator may follow
-    const bool language = text.find("/simt/device.h:") != std::string::npos;
+    const bool language = text.find("/simt/device.h:") != std::string::npos ||
+                          text.find("/simt/ptx.h:") != std::string::npos;
     if (found.empty() && !language && text.find('?') == std::string::npos) {
       found = text.substr(text.rfind('/') + 1);
     }

@@ -1,6 +1,7 @@
 // Kernels that are right, and show what the emulator makes of CUDA C++.
 
 #include "cuda/device.h"
+#include "cuda/ptx.h"
 #include "simt/bindings.h"
 
 #include <pybind11/stl.h>
@@ -8,9 +9,11 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 namespace {
 
+using efficientad_fast::cuda::Product;
 using efficientad_fast::cuda::launch;
 using efficientad_fast::simt::Buffer;
 
@@ -318,6 +321,125 @@ __global__ void extremes(const float* a, const float* b, float* out) {
   out[2 * threadIdx.x + 1] = max(a[threadIdx.x], b[threadIdx.x]);
 }
 
+// By copies of kBytes and through shared memory; zeros where `taken` says no. The first half is a group of its own, and
+// is used while the second is under way.
+template <int kBytes>
+__global__ void copies(const char* in, const unsigned char* taken, char* out) {
+  EFFICIENTAD_FAST_DYNAMIC_SHARED(char, room);
+  const int count = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x), next = (t + 1) % count;
+  for (int half = 0; half < 2; ++half) {
+    const int i = half * count + t;
+    efficientad_fast::cuda::copy_async<kBytes>(room + i * kBytes, in + i * kBytes, taken[i] != 0);
+    efficientad_fast::cuda::commit_copies();
+  }
+  efficientad_fast::cuda::wait_for_copies<1>();
+  __syncthreads();
+  for (int i = 0; i < kBytes; ++i) {
+    out[next * kBytes + i] = room[next * kBytes + i];
+  }
+  efficientad_fast::cuda::wait_for_copies<0>();
+  __syncthreads();
+  for (int i = 0; i < kBytes; ++i) {
+    out[(count + next) * kBytes + i] = room[(count + next) * kBytes + i];
+  }
+}
+
+// Rows of 16 bytes in shared memory, `stride` bytes apart, and every register of every lane.
+template <int kMatrices>
+__global__ void loaded_matrices(const uint4* in, unsigned* out, int stride) {
+  EFFICIENTAD_FAST_DYNAMIC_SHARED(char, room);
+  const unsigned lane = threadIdx.x;
+  *reinterpret_cast<uint4*>(room + lane * stride) = in[lane];
+  __syncwarp();
+  unsigned matrices[kMatrices];
+  efficientad_fast::cuda::load_matrices(matrices, kMatrices == 4 || lane < 16 ? room + lane * stride : nullptr);
+  for (int i = 0; i < kMatrices; ++i) {
+    out[lane * kMatrices + i] = matrices[i];
+  }
+}
+
+// One product of fragments that come register by register, lane by lane.
+template <Product kProduct>
+__global__ void multiplied_fragments(const unsigned* left, const unsigned* right, const float* sums, float* out) {
+  const unsigned lane = threadIdx.x;
+  unsigned a[4], b[2];
+  float c[4];
+  for (int i = 0; i < 4; ++i) {
+    a[i] = left[lane * 4 + i];
+    c[i] = sums[lane * 4 + i];
+  }
+  for (int i = 0; i < 2; ++i) {
+    b[i] = right[lane * 2 + i];
+  }
+  efficientad_fast::cuda::multiply_add<kProduct>(c, a, b);
+  for (int i = 0; i < 4; ++i) {
+    out[lane * 4 + i] = c[i];
+  }
+}
+
+// 64 x 64 numbers of the product of `left` (rows of `depth` bytes) and `right` (columns of `depth` bytes), by 4 warps.
+// Two stages of 64 bytes of depth: one is multiplied while the other is copied.
+template <Product kProduct>
+__global__ void matrix_product(const char* left, const char* right, float* out, int depth) {
+  constexpr int kSide = 64, kStage = 64, kRow = kStage + 16, kWarps = 4;
+  __shared__ __align__(16) char tiles[2][2][kSide * kRow];
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32, lane = t % 32, stages = (depth + kStage - 1) / kStage;
+  const auto fetch = [&](int stage) {
+    for (int i = t; i < kSide * kStage / 16; i += 32 * kWarps) {
+      const int row = i / (kStage / 16), column = i % (kStage / 16) * 16, from = stage * kStage + column;
+      for (int side = 0; side < 2; ++side) {
+        const char* const source = (side == 0 ? left : right) + static_cast<std::int64_t>(row) * depth + from;
+        efficientad_fast::cuda::copy_async<16>(&tiles[stage % 2][side][row * kRow + column], source, from < depth);
+      }
+    }
+    efficientad_fast::cuda::commit_copies();
+  };
+  float sums[kSide / 8][4] = {};
+  fetch(0);
+  for (int stage = 0; stage < stages; ++stage) {
+    if (stage + 1 < stages) {
+      fetch(stage + 1);
+      efficientad_fast::cuda::wait_for_copies<1>();
+    } else {
+      efficientad_fast::cuda::wait_for_copies<0>();
+    }
+    __syncthreads();
+    for (int k = 0; k < kStage; k += 32) {
+      unsigned a[4];
+      efficientad_fast::cuda::load_matrices(
+          a, &tiles[stage % 2][0][(warp * 16 + lane % 16) * kRow + k + lane / 16 * 16]);
+      for (int n = 0; n < kSide / 8; ++n) {
+        unsigned b[2];
+        efficientad_fast::cuda::load_matrices(b, &tiles[stage % 2][1][(n * 8 + lane % 8) * kRow + k + lane / 8 % 2 * 16]);
+        efficientad_fast::cuda::multiply_add<kProduct>(sums[n], a, b);
+      }
+    }
+    __syncthreads();
+  }
+  for (int n = 0; n < kSide / 8; ++n) {
+    for (int i = 0; i < 4; ++i) {
+      out[(warp * 16 + lane / 4 + i / 2 * 8) * kSide + n * 8 + lane % 4 * 2 + i % 2] = sums[n][i];
+    }
+  }
+}
+
+__global__ void to_e4m3(const float2* in, unsigned short* out, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    out[i] = efficientad_fast::cuda::to_e4m3(in[i].x, in[i].y);
+  }
+}
+
+template <typename Kernels>
+void launch_product(const std::string& product, const Kernels& run) {
+  if (product == "float16") {
+    run(std::integral_constant<Product, Product::kFloat16>{});
+  } else if (product == "bfloat16") {
+    run(std::integral_constant<Product, Product::kBFloat16>{});
+  } else {
+    run(std::integral_constant<Product, Product::kE4m3>{});
+  }
+}
+
 __constant__ float kWeights[4] = {0.5f, 1.0f, 2.0f, 4.0f};
 
 __global__ void weighted(const float* in, float* out) {
@@ -382,6 +504,35 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   m.def("fail_after", [](const Buffer& reads, const Buffer& out) {
     launch(fail_after, static_cast<unsigned>(reads.bytes() / sizeof(float)), 1, 0, nullptr, reads.as<float>(),
            out.as<float>());
+  });
+  m.def("copies", [](const Buffer& in, const Buffer& taken, const Buffer& out, int bytes) {
+    const auto count = static_cast<unsigned>(taken.bytes());
+    launch(bytes == 4   ? copies<4>
+           : bytes == 8 ? copies<8>
+                        : copies<16>,
+           1, count / 2, out.bytes(), nullptr, in.as<char>(), taken.as<unsigned char>(), out.as<char>());
+  });
+  m.def("loaded_matrices", [](const Buffer& in, const Buffer& out, int matrices, int stride) {
+    launch(matrices == 4 ? loaded_matrices<4> : loaded_matrices<2>, 1, 32, static_cast<std::size_t>(32 * stride),
+           nullptr, in.as<uint4>(), out.as<unsigned>(), stride);
+  });
+  m.def("multiplied_fragments", [](const std::string& product, const Buffer& left, const Buffer& right,
+                                   const Buffer& sums, const Buffer& out) {
+    launch_product(product, [&](auto kind) {
+      launch(multiplied_fragments<decltype(kind)::value>, 1, 32, 0, nullptr, left.as<unsigned>(), right.as<unsigned>(),
+             sums.as<float>(), out.as<float>());
+    });
+  });
+  m.def("matrix_product", [](const std::string& product, const Buffer& left, const Buffer& right, const Buffer& out,
+                             int depth) {
+    launch_product(product, [&](auto kind) {
+      launch(matrix_product<decltype(kind)::value>, 1, 128, 0, nullptr, left.as<char>(), right.as<char>(),
+             out.as<float>(), depth);
+    });
+  });
+  m.def("to_e4m3", [](const Buffer& in, const Buffer& out) {
+    launch(to_e4m3, 1, 128, 0, nullptr, in.as<float2>(), out.as<unsigned short>(),
+           static_cast<int>(out.bytes() / sizeof(unsigned short)));
   });
   m.def("to_halves", [](const Buffer& in, const Buffer& halves, const Buffer& bfloats) {
     launch(to_halves, 1, 128, 0, nullptr, in.as<float>(), halves.as<__half>(), bfloats.as<__nv_bfloat16>(),
