@@ -51,12 +51,18 @@ inline void check_dtype(const char* name, ScalarType dtype) {
                            name, "float32, float16 or bfloat16", dtype_text(dtype));
 }
 
-// Whether (N, 3, h, w) is laid out with its channels next to each other. Where both layouts are the same bytes, either
-// answer is right.
-inline bool is_channels_last(const Tensor& out) {
+// Numbers from a pixel of (N, 3, h, w) to the next where its channels are next to each other: 3, or 4 where they are the
+// first three of four; 0 for planes. Where two layouts are the same bytes, either answer is right.
+inline int64_t pixel_stride(const Tensor& out) {
   const int64_t height = out.size(2), width = out.size(3);
-  return (out.stride(1) == 1) && (width == 1 || out.stride(3) == 3) && (height == 1 || out.stride(2) == 3 * width) &&
-         (out.size(0) == 1 || out.stride(0) == 3 * width * height);
+  for (const int64_t stride : {3, 4}) {
+    if ((out.stride(1) == 1) && (width == 1 || out.stride(3) == stride) &&
+        (height == 1 || out.stride(2) == stride * width) &&
+        (out.size(0) == 1 || out.stride(0) == stride * width * height)) {
+      return stride;
+    }
+  }
+  return 0;
 }
 
 inline void check_output(const Tensor& image, const Tensor& out) {
@@ -64,7 +70,8 @@ inline void check_output(const Tensor& image, const Tensor& out) {
   EFFICIENTAD_FAST_REQUIRE(fitting, kName, "out", "(" + std::to_string(image.size(0)) + ", 3, h, w)", shape_text(out));
   require_positive_size(kName, {out.size(2), out.size(3)});
   check_dtype("out", out.scalar_type());
-  EFFICIENTAD_FAST_REQUIRE(out.is_contiguous() || is_channels_last(out), kName, "out", "contiguous or channels-last",
+  EFFICIENTAD_FAST_REQUIRE(out.is_contiguous() || pixel_stride(out) > 0, kName, "out",
+                           "contiguous, channels-last, or the first three of four channels, channels-last",
                            "strides " + text(out.strides()));
   require_device_of(kName, "image", image, "out", out);
 }

@@ -84,8 +84,8 @@ def preprocess_out(
     out: Tensor,
 ) -> None:
     preprocess_operator.fake_out(image, resize=resize, mean=mean, std=std, out=out)
-    channels_last = out.is_contiguous(memory_format=torch.channels_last)
-    _kernels().preprocess(_array(image), resize == "pillow", list(mean), list(std), channels_last, _array(out))
+    pixel_stride = preprocess_operator.pixel_stride(out)
+    _kernels().preprocess(_array(image), resize == "pillow", list(mean), list(std), pixel_stride, _array(out))
 
 
 def quantile(values: Tensor, fractions: Sequence[float]) -> Tensor:

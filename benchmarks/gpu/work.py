@@ -52,15 +52,11 @@ def meta_steps(
             return list(steps)
         image, options = steps[0].inputs[0], Preprocessing(size)
         pixels = torch.empty(batch, *size, 3, dtype=torch.uint8, device=META)
-        rgb = rgb.to(image.dtype).contiguous(memory_format=torch.channels_last)
         normalising = {"resize": options.resize, "mean": options.mean, "std": options.std}
-        preprocess = functools.partial(torch.ops.efficientad_fast.preprocess.out, pixels, **normalising, out=rgb)
         # Into the three first of the four channels that the networks read.
-        copy = functools.partial(torch.ops.aten.copy_.default, image[:, :3], rgb)
-        before = [
-            Step("preprocess", (pixels,), [], {}, rgb, preprocess),
-            Step("copy", (rgb,), [], {}, image, copy),
-        ]
+        rgb = image[:, :3]
+        preprocess = functools.partial(torch.ops.efficientad_fast.preprocess.out, pixels, **normalising, out=rgb)
+        before = [Step("preprocess", (pixels,), [], {}, rgb, preprocess)]
         return [*before, *steps]
 
 

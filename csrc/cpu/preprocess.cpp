@@ -97,12 +97,18 @@ struct Output {
   void* data;
   ScalarType dtype;
   int64_t height, width;
-  bool channels_last;
+  int64_t pixel_stride;  // as preprocess::pixel_stride has it
 
   // `row`: 3 * width floats, HWC. `plane`: room for `width` floats.
   void store_row(const float* row, int64_t image, int64_t y, float* plane) const {
-    if (channels_last) {
+    if (pixel_stride == 3) {
       store_as(row, data, dtype, (image * height + y) * width * 3, 3 * width);
+      return;
+    }
+    if (pixel_stride > 0) {
+      for (int64_t x = 0; x < width; ++x) {
+        store_as(row + 3 * x, data, dtype, ((image * height + y) * width + x) * pixel_stride, 3);
+      }
       return;
     }
     for (int64_t channel = 0; channel < 3; ++channel) {
@@ -219,7 +225,7 @@ void resize_pillow(const Source* source, int64_t images, int64_t height, int64_t
       for (int64_t channel = 0; channel < 3; ++channel) {
         EFFICIENTAD_FAST_DISPATCH(scale_levels, row + channel * out.width, out.width, folded.scale[channel],
                                   folded.shift[channel], plane.data());
-        if (!out.channels_last) {
+        if (out.pixel_stride == 0) {
           out.store_plane(plane.data(), image, channel, y);
           continue;
         }
@@ -227,7 +233,7 @@ void resize_pillow(const Source* source, int64_t images, int64_t height, int64_t
           result[3 * x + channel] = plane[x];
         }
       }
-      if (out.channels_last) {
+      if (out.pixel_stride > 0) {
         out.store_row(result.data(), image, y, plane.data());
       }
     }
@@ -241,8 +247,9 @@ void compute(const Tensor& image, const Settings& settings, const Output& out) {
   resize(static_cast<const Source*>(dense.const_data_ptr()), image.size(0), image.size(1), image.size(2), settings, out);
 }
 
-void preprocess_into(const Tensor& image, const Settings& settings, Tensor& out, bool channels_last) {
-  const Output output{out.mutable_data_ptr(), out.scalar_type(), out.size(2), out.size(3), channels_last};
+void preprocess_into(const Tensor& image, const Settings& settings, Tensor& out) {
+  const Output output{out.mutable_data_ptr(), out.scalar_type(), out.size(2), out.size(3),
+                      preprocess::pixel_stride(out)};
   if (image.scalar_type() == ScalarType::Byte) {
     compute<uint8_t>(image, settings, output);
   } else {
@@ -254,7 +261,7 @@ void preprocess_out(const Tensor& image, std::string resize, std::vector<double>
                     Tensor out) {
   const Settings settings = preprocess::checked_settings(image, resize, mean, std, /*cuda=*/false);
   preprocess::check_output(image, out);
-  preprocess_into(image, settings, out, preprocess::is_channels_last(out));
+  preprocess_into(image, settings, out);
 }
 
 Tensor preprocess_default(const Tensor& image, std::vector<int64_t> size, std::string resize, std::vector<double> mean,
@@ -263,7 +270,7 @@ Tensor preprocess_default(const Tensor& image, std::vector<int64_t> size, std::s
   require_positive_size("preprocess", size);
   preprocess::check_dtype("dtype", dtype);
   Tensor out = preprocess::empty_output(image, size, channels_last, dtype);
-  preprocess_into(image, settings, out, channels_last);
+  preprocess_into(image, settings, out);
   return out;
 }
 

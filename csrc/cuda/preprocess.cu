@@ -21,7 +21,7 @@ using preprocess::kName;
 using preprocess::Settings;
 using torch::stable::accelerator::DeviceGuard;
 
-void preprocess_into(const Tensor& image, const Settings& settings, Tensor& out, bool channels_last) {
+void preprocess_into(const Tensor& image, const Settings& settings, Tensor& out) {
   cuda::require_side(kName, "image", "height", image.size(1));
   cuda::require_side(kName, "image", "width", image.size(2));
   cuda::require_side(kName, "size", "height", out.size(2));
@@ -36,7 +36,7 @@ void preprocess_into(const Tensor& image, const Settings& settings, Tensor& out,
   call.pillow = settings.pillow;
   call.set_statistics(settings.mean, settings.std);
   call.out = out.mutable_data_ptr(), call.out_dtype = cuda::dtype_of(out);
-  call.channels_last = channels_last;
+  call.pixel_stride = static_cast<int>(preprocess::pixel_stride(out));
   cuda::require_blocks(kName, "image", call.images, cuda::preprocess_blocks(call));
   const DeviceGuard guard(image.get_device_index());
   cuda::launch_preprocess(call, cuda::current_stream(image));
@@ -47,7 +47,7 @@ void preprocess_out(const Tensor& image, std::string resize, std::vector<double>
                     Tensor out) {
   const Settings settings = preprocess::checked_settings(image, resize, mean, std, /*cuda=*/true);
   preprocess::check_output(image, out);
-  preprocess_into(image, settings, out, preprocess::is_channels_last(out));
+  preprocess_into(image, settings, out);
 }
 
 Tensor preprocess_default(const Tensor& image, std::vector<int64_t> size, std::string resize, std::vector<double> mean,
@@ -57,7 +57,7 @@ Tensor preprocess_default(const Tensor& image, std::vector<int64_t> size, std::s
   preprocess::check_dtype("dtype", dtype);
   const DeviceGuard guard(image.get_device_index());
   Tensor out = preprocess::empty_output(image, size, channels_last, dtype);
-  preprocess_into(image, settings, out, channels_last);
+  preprocess_into(image, settings, out);
   return out;
 }
 

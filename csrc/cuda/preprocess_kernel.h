@@ -58,9 +58,9 @@ struct Preprocess {
   bool pillow;
   float mean[3], std[3];     // pillow: (level / 255 - mean) / std
   float scale[3], shift[3];  // antialias: number * scale + shift
-  void* out;                 // (N, 3, h, w), contiguous or channels-last
+  void* out;                 // (N, 3, h, w)
   Dtype out_dtype;
-  bool channels_last;
+  int pixel_stride;          // numbers from a pixel to the next, 3 or 4; 0 for planes
 
   // After image_dtype is set.
   void set_statistics(const std::array<double, 3>& means, const std::array<double, 3>& stds) {
@@ -271,8 +271,8 @@ __global__ void __launch_bounds__(kImageThreads) resize_images(const PreprocessL
 #pragma unroll
   for (int k = 0; k < kImageElements; ++k) {
     const int index = thread + k * kImageThreads;
-    tile_row[k] = call.channels_last ? index / kImageTileRow : thread / kImageTileWidth;
-    tile_element[k] = call.channels_last ? index % kImageTileRow : thread % kImageTileWidth * 3 + k;
+    tile_row[k] = call.pixel_stride > 0 ? index / kImageTileRow : thread / kImageTileWidth;
+    tile_element[k] = call.pixel_stride > 0 ? index % kImageTileRow : thread % kImageTileWidth * 3 + k;
     sum[k] = kZero;
   }
   const auto is_inside = [&](int k) {
@@ -367,8 +367,8 @@ __global__ void __launch_bounds__(kImageThreads) resize_images(const PreprocessL
       number = sum[k] * of_channel(call.scale, channel) + of_channel(call.shift, channel);
     }
     const int64_t height = call.rows.target, width = call.columns.target;
-    const int64_t index = call.channels_last ? ((image * height + y) * width + x) * 3 + channel
-                                             : ((image * 3 + channel) * height + y) * width + x;
+    const int64_t index = call.pixel_stride > 0 ? ((image * height + y) * width + x) * call.pixel_stride + channel
+                                                : ((image * 3 + channel) * height + y) * width + x;
     store<AnyDtype>(number, call.out, call.out_dtype, index);
   }
 }

@@ -63,6 +63,15 @@ struct Array {
     }
     return (last + 1) * element_size();
   }
+
+  // Of these, how many lie between elements.
+  std::size_t bytes_between() const {
+    std::size_t count = 1;
+    for (const std::int64_t size : sizes) {
+      count *= static_cast<std::size_t>(size);
+    }
+    return bytes() - count * element_size();
+  }
 };
 
 Buffer source(const char* name, const Array& array) {
@@ -73,9 +82,9 @@ Buffer result(const char* name, const Array& array) {
   return Buffer(name, reinterpret_cast<void*>(array.pointer), array.bytes(), /*writable=*/true, /*initialised=*/false);
 }
 
-// To the host, once every element was written.
-void take(const Buffer& buffer) {
-  if (const std::size_t left = buffer.unwritten(); left > 0) {
+// To the host, once every element was written, and nothing `between` them.
+void take(const Buffer& buffer, std::size_t between = 0) {
+  if (const std::size_t left = buffer.unwritten(); left != between) {
     throw KernelError("the launch left " + std::to_string(left) + " of " + std::to_string(buffer.bytes()) +
                       " bytes of " + buffer.name() + " unwritten");
   }
@@ -136,7 +145,7 @@ void drop_in(const std::array<Array, 2>& maps, const std::array<std::optional<Ar
 }
 
 void preprocess(const Array& image, bool pillow, const std::array<double, 3>& mean, const std::array<double, 3>& std,
-                bool channels_last, const Array& out) {
+                int pixel_stride, const Array& out) {
   const Buffer from = source("image", image), to = result("out", out);
   cuda::Preprocess call{};
   call.image = from.as<void>(), call.image_dtype = image.device_dtype();
@@ -148,9 +157,9 @@ void preprocess(const Array& image, bool pillow, const std::array<double, 3>& me
   call.pillow = pillow;
   call.set_statistics(mean, std);
   call.out = to.as<void>(), call.out_dtype = out.device_dtype();
-  call.channels_last = channels_last;
+  call.pixel_stride = pixel_stride;
   cuda::launch_preprocess(call, nullptr);
-  take(to);
+  take(to, out.bytes_between());
 }
 
 // Of int64, contiguous: what a kernel reads and writes.

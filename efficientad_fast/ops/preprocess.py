@@ -17,7 +17,8 @@ Returns ``(N, 3, *size)``, contiguous or channels-last, on the image's device. T
 
 ``preprocess.out(image, *, resize="antialias", mean=[...], std=[...], out)``
 
-The same, written into ``out`` ``(N, 3, h, w)``, whose size, layout (contiguous or channels-last) and dtype decide.
+The same, written into ``out`` ``(N, 3, h, w)``, whose size, layout and dtype decide. It is contiguous, channels-last,
+or the first three channels of a tensor with four, channels-last, of which the fourth is left as it is.
 
 Errors, in one sentence with argument, expected, got: `InputError` of the reference, RuntimeError of compiled kernels.
 """
@@ -55,6 +56,20 @@ def check(image: Tensor, size: Sequence[int], resize: str, mean: Sequence[float]
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
     require(dtype in DTYPES, "preprocess", name, "float32, float16 or bfloat16", dtype)
+
+
+def pixel_stride(out: Tensor) -> int:
+    """Numbers from a pixel of ``(N, 3, h, w)`` to the next where its channels are next to each other, else 0.
+
+    3, or 4 where they are the first three of four. Where two layouts are the same bytes, either answer is right.
+    """
+    images, _, height, width = out.shape
+    for stride in (3, 4):
+        dense = (stride * width * height, 1, stride * width, stride)
+        sides = (images, 3, height, width)
+        if all(side == 1 or one == wanted for side, one, wanted in zip(sides, out.stride(), dense, strict=True)):
+            return stride
+    return 0
 
 
 def _layout(channels_last: bool) -> torch.memory_format:
@@ -119,8 +134,8 @@ def fake_out(
     require(fitting, "preprocess", "out", f"({image.shape[0]}, 3, h, w)", shape)
     check(image, shape[2:], resize, mean, std)
     check_dtype("out", out.dtype)
-    laid_out = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
-    require(laid_out, "preprocess", "out", "contiguous or channels-last", f"strides {out.stride()}")
+    expected = "contiguous, channels-last, or the first three of four channels, channels-last"
+    require(out.is_contiguous() or pixel_stride(out) > 0, "preprocess", "out", expected, f"strides {out.stride()}")
     require_one_device("preprocess", "image", image.device, {"out": out})
 
 

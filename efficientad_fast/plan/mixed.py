@@ -97,19 +97,21 @@ class _Buffers:
     """What stays from batch to batch: inputs, results, and a workspace whose zeros are handed on.
 
     Attributes:
-        image: ``(N, 4, H, W)``, channels-last.
-        rgb: ``(N, 3, H, W)``, channels-last: what `preprocess` writes.
+        image: ``(N, 4, H, W)``, channels-last, the fourth of zeros.
         pixels: ``(N, h, w, 3)``: what it reads where it is part of the graph.
         raw: ``(2, N, 1, h, w)``: map_st and map_ae.
         outcome: N scores, then N maps of the network's size, or None where the convention scores elsewhere.
     """
 
     image: Tensor
-    rgb: Tensor
     pixels: Tensor | None
     raw: Tensor
     workspace: Tensor
     outcome: Tensor | None
+
+    @property
+    def rgb(self) -> Tensor:
+        return self.image[:, :3]
 
     @property
     def score(self) -> Tensor:
@@ -445,7 +447,6 @@ class MixedPlan(Plan):
             for group in images:
                 preprocess(group, **options, out=buffers.rgb[begin : begin + len(group)])
                 begin += len(group)
-            _fill(buffers, buffers.rgb)
 
         return self._in_turn(_Key(count, *self.size, False, form), fill, take, None)
 
@@ -514,7 +515,6 @@ class MixedPlan(Plan):
         scored = self.map_convention == "resized" and (height, width) == tuple(self.size)
         return _Buffers(
             image.zero_(),
-            channels_last((images, 3, height, width), self.device, self._image_dtype),
             None if form is None else make((images, form.height, form.width, 3), dtype=form.dtype),
             make((2, images, 1, *features)),
             make(mixed_workspace_size(images, *features, outputs)).zero_(),
@@ -529,7 +529,6 @@ class MixedPlan(Plan):
 
             def first() -> None:
                 preprocess(pixels, resize=form.resize, mean=form.mean, std=form.std, out=buffers.rgb)
-                _fill(buffers, buffers.rgb)
 
         with ordinary_tensors():
             return Launches(first, self._steps(buffers, distance))
@@ -622,7 +621,7 @@ def _with_zeros(parameters: Parameters) -> Parameters:
 
 
 def _fill(buffers: _Buffers, batch: Tensor) -> None:
-    buffers.image[:, :3].copy_(batch)
+    buffers.rgb.copy_(batch)
 
 
 def _options(preprocessing: ImagePreprocessing) -> dict[str, Any]:

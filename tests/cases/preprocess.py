@@ -27,9 +27,10 @@ def case(
     channels_last: bool = False,
     change: Callable[[Tensor], Tensor] = lambda image: image,
     into: bool = False,
+    of_four: bool = False,
     **options: Any,
 ) -> Case:
-    """``shape``: (N, H, W) of the images. ``change`` is applied to them."""
+    """``shape``: (N, H, W) of the images. ``change`` is applied to them. ``of_four``: into three of four channels."""
 
     def make() -> Arguments:
         image = numbers((*shape, 3))
@@ -37,8 +38,9 @@ def case(
         if not into:
             chosen = {"resize": resize, "channels_last": channels_last, "dtype": dtype}
             return (image, list(size)), chosen | options
-        out = torch.full((shape[0], 3, *size), math.nan, dtype=dtype)
-        return (image,), {"resize": resize, "out": out.contiguous(memory_format=FORMATS[channels_last])} | options
+        out = torch.full((shape[0], 4 if of_four else 3, *size), math.nan, dtype=dtype)
+        out = out.contiguous(memory_format=FORMATS[channels_last])[:, :3]
+        return (image,), {"resize": resize, "out": out} | options
 
     return Case(f"{resize}, {name}", "preprocess.out" if into else "preprocess", make)
 
@@ -90,6 +92,16 @@ def cases_of(resize: str) -> list[Case]:
         one("mean and std", (1, 20, 30), (9, 11), mean=[0.0, 0.5, 0.25], std=[1.0, -0.5, 2.0]),
         one("into", (2, 20, 30), (9, 11), into=True),
         one("into, channels last, half", (2, 20, 30), (9, 11), channels_last=True, dtype=torch.float16, into=True),
+        one(
+            "into three of four, half",
+            (3, 20, 30),
+            (9, 11),
+            channels_last=True,
+            dtype=torch.float16,
+            into=True,
+            of_four=True,
+        ),
+        one("into three of four, a column", (2, 9, 5), (9, 1), channels_last=True, into=True, of_four=True),
         one("into, empty", (0, 20, 30), (9, 11), into=True),
     ]
 
@@ -156,7 +168,7 @@ REFUSALS = [
     ),
     refusal(
         "output with gaps",
-        "out must be contiguous or channels-last, got strides",
+        "out must be contiguous, channels-last, or the first three of four channels, channels-last, got strides",
         "preprocess.out",
         out=torch.empty(2, 3, 8, 16)[..., ::2],
     ),
