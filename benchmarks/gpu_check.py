@@ -3,7 +3,8 @@
 ``make gpu-check``, or ``python -m benchmarks.gpu_check`` where PyTorch, Triton and the test tools are installed. It
 
 1. builds the CUDA library for this GPU alone, or takes the libraries of a wheel built elsewhere (``--wheel FILE``);
-2. tests every operator on the device: results of each implementation against the float64 reference, and CUDA graphs;
+2. runs every PTX instruction that kernels use beside its emulation, then tests every operator on the device: results of
+   each implementation against the float64 reference, and CUDA graphs;
 3. predicts with EfficientAD-S and -M in float16, bfloat16 and float8: maps against float64, then latency at batch 1 and
    throughput of larger batches, from uint8 images on the GPU to map and score there, and from the host to the host;
 4. times every step of these plans by itself, by each implementation that has it, beside its floor at this GPU's own
@@ -62,11 +63,11 @@ MOST_WORKERS = 6
 """Processes of tests on a GPU, where pytest-xdist is installed."""
 
 # With a GPU the emulator and the interpreter have nothing to add.
-RESULTS_ALONE = "(test_results or cuda_graph) and not own_their_memory"
-ON_GPU = (["tests/test_operators.py"], ["-m", "gpu", "-k", RESULTS_ALONE])
+RESULTS_ALONE = "(emulator or test_results or cuda_graph) and not own_their_memory"
+ON_GPU = (["tests/test_ptx.py", "tests/test_operators.py"], ["-m", "gpu", "-k", RESULTS_ALONE])
 REST_ON_GPU = (["tests/test_graphs.py", "tests/test_operators.py"], ["-m", "gpu", "-k", f"not ({RESULTS_ALONE})"])
 WITHOUT_GPU = (
-    ["tests/test_operators.py", "tests/test_triton.py", "tests/test_cuda_operators.py", "tests/test_simt.py"],
+    [f"tests/test_{name}.py" for name in ("operators", "triton", "cuda_operators", "simt", "ptx")],
     [],
 )
 # Of a test's name, such as test_results[anomaly_map-anomaly_map.out-into-gpu-cuda].
