@@ -1,8 +1,9 @@
-// autoencoder: its layers, and what every compiled library checks before it computes.
+// autoencoder: what every compiled library checks before it computes.
 // efficientad_fast/ops/autoencoder.py is the contract.
 
 #pragma once
 
+#include "autoencoder_layers.h"
 #include "checks.h"
 #include "packing.h"
 
@@ -14,46 +15,7 @@
 namespace efficientad_fast::autoencoder {
 
 inline constexpr const char* kName = "autoencoder";
-inline constexpr int64_t kLayers = 13, kEncoderLayers = 6, kSmallestSide = 256;
-
-using packing::Size;
-
-// A convolution of one image. In the decoder, what it reads was resized to `height` and `width` before.
-struct Layer {
-  int64_t kernel = 1, stride = 1, padding = 0;
-  bool resized = false, relu = true;
-  int64_t height = 0, width = 0;          // of what the convolution reads
-  int64_t out_height = 0, out_width = 0;  // and of what it writes
-};
-
-// efficientad_fast/reference/networks.py: enconv1 to enconv6, deconv1 to deconv7.
-inline std::array<Layer, kLayers> layers(int64_t height, int64_t width, Size size) {
-  std::array<Layer, kLayers> found;
-  const int64_t divisors[] = {64, 32, 16, 8, 4, 2};
-  Size input{height, width};
-  for (int64_t index = 0; index < kLayers; ++index) {
-    Layer& layer = found[index];
-    if (index < kEncoderLayers - 1) {
-      layer = {4, 2, 1, false, true};
-    } else if (index == kEncoderLayers - 1) {
-      layer = {8, 1, 0, false, false};
-    } else if (index < kLayers - 1) {
-      const int64_t step = index - kEncoderLayers;
-      const int64_t odd = step % 2 == 0 || step == 5;
-      layer = {4, 1, 2, true, true};
-      input = {height / divisors[step] - odd, width / divisors[step] - odd};
-    } else {
-      layer = {3, 1, 1, true, true};
-      input = size;
-    }
-    layer.height = input.height;
-    layer.width = input.width;
-    layer.out_height = (input.height + 2 * layer.padding - layer.kernel) / layer.stride + 1;
-    layer.out_width = (input.width + 2 * layer.padding - layer.kernel) / layer.stride + 1;
-    input = {layer.out_height, layer.out_width};
-  }
-  return found;
-}
+inline constexpr int64_t kSmallestSide = 256;
 
 // Numbers of the largest activation of one image, rounded up to a multiple of 16. channels: outputs of each layer.
 inline int64_t largest_activation(const std::array<Layer, kLayers>& layers, const std::vector<int64_t>& channels) {
@@ -78,10 +40,16 @@ inline std::string indexed(const char* argument, int64_t index) {
   return std::string(argument) + "[" + std::to_string(index) + "]";
 }
 
-inline void check_image(const Tensor& image, bool cuda) {
+inline void check_image(const Tensor& image, bool cuda, bool mixed = false) {
   require_device_kind(kName, "image", image, cuda);
-  EFFICIENTAD_FAST_REQUIRE(image.dim() == 4 && image.size(1) == 3, kName, "image", "(N, 3, H, W)", shape_text(image));
-  packing::require_float32(kName, "image", image);
+  EFFICIENTAD_FAST_REQUIRE(image.dim() == 4 && (image.size(1) == 3 || (mixed && image.size(1) == 4)), kName, "image",
+                           mixed ? "(N, 3, H, W) or (N, 4, H, W)" : "(N, 3, H, W)", shape_text(image));
+  if (mixed) {
+    const bool known = is_one_of(image.scalar_type(), {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+    EFFICIENTAD_FAST_REQUIRE(known, kName, "image", "float32, float16 or bfloat16", dtype_text(image.scalar_type()));
+  } else {
+    packing::require_float32(kName, "image", image);
+  }
   EFFICIENTAD_FAST_REQUIRE(image.size(2) >= kSmallestSide && image.size(3) >= kSmallestSide, kName, "image",
                            "at least 256x256 pixels", packing::size_text(image.size(2), image.size(3)));
 }
@@ -91,15 +59,18 @@ inline void check_count(const char* argument, const std::vector<Tensor>& given) 
                            "13 tensors, of enconv1 to enconv6 and deconv1 to deconv7", given.size());
 }
 
-// The default overload.
-inline void check(const Tensor& image, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                  const std::vector<int64_t>& size, bool cuda) {
-  check_image(image, cuda);
-  require_positive_size(kName, size);
+inline void require_dtype_of_image(const Tensor& image, const char* argument, const Tensor& given) {
+  EFFICIENTAD_FAST_REQUIRE(given.scalar_type() == image.scalar_type(), kName, argument,
+                           dtype_text(image.scalar_type()) + " as image is", dtype_text(given.scalar_type()));
+}
+
+// `image` was checked. `size`: of the result.
+inline void check_parameters(const Tensor& image, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                             Size size, bool mixed = false) {
   check_count("weights", weights);
   check_count("biases", biases);
-  const auto found = layers(image.size(2), image.size(3), {size[0], size[1]});
-  int64_t read = 3;
+  const auto found = layers(image.size(2), image.size(3), size);
+  int64_t read = image.size(1);
   for (int64_t index = 0; index < kLayers; ++index) {
     const Tensor& weight = weights[index];
     const std::string name = indexed("weights", index), side = std::to_string(found[index].kernel);
@@ -108,11 +79,56 @@ inline void check(const Tensor& image, const std::vector<Tensor>& weights, const
     EFFICIENTAD_FAST_REQUIRE(fitting, kName, name,
                              "(outputs, " + std::to_string(read) + ", " + side + ", " + side + ")",
                              shape_text(weight));
-    packing::require_float32(kName, name.c_str(), weight);
+    if (mixed) {
+      require_dtype_of_image(image, name.c_str(), weight);
+    } else {
+      packing::require_float32(kName, name.c_str(), weight);
+    }
     require_device_of(kName, "image", image, name.c_str(), weight);
     read = weight.size(0);
     packing::check_bias(kName, indexed("biases", index).c_str(), biases[index], read, "image", image);
   }
+}
+
+// The default overload.
+inline void check(const Tensor& image, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                  const std::vector<int64_t>& size, bool cuda) {
+  check_image(image, cuda);
+  require_positive_size(kName, size);
+  check_parameters(image, weights, biases, {size[0], size[1]});
+}
+
+// autoencoder.mixed. Returns the outputs of each layer.
+inline std::vector<int64_t> check_mixed(const Tensor& image, const std::vector<Tensor>& weights,
+                                        const std::vector<Tensor>& biases, const Tensor& out, const Tensor& workspace,
+                                        bool cuda) {
+  check_image(image, cuda, /*mixed=*/true);
+  EFFICIENTAD_FAST_REQUIRE(out.dim() == 4 && packing::is_positive(out, 1), kName, "out",
+                           "(N, C, h, w) with C, h and w of at least 1", shape_text(out));
+  const Size size{out.size(2), out.size(3)};
+  check_parameters(image, weights, biases, size, /*mixed=*/true);
+  std::vector<int64_t> channels;
+  for (const Tensor& weight : weights) {
+    channels.push_back(weight.size(0));
+  }
+  const std::string expected =
+      text(std::vector<int64_t>{image.size(0), channels.back(), size.height, size.width});
+  EFFICIENTAD_FAST_REQUIRE(shape_text(out) == expected, kName, "out", expected, shape_text(out));
+  EFFICIENTAD_FAST_REQUIRE(is_one_of(out.scalar_type(), {image.scalar_type(), ScalarType::Float8_e4m3fn}), kName, "out",
+                           dtype_text(image.scalar_type()) + " as image is, or float8_e4m3fn",
+                           dtype_text(out.scalar_type()));
+  EFFICIENTAD_FAST_REQUIRE(packing::is_dense_channels_last(out), kName, "out", "dense and channels-last",
+                           "strides " + text(out.strides()));
+  require_device_of(kName, "image", image, "out", out);
+  const auto parts = mixed_parts(image.size(0), layers(image.size(2), image.size(3), size), channels);
+  const int64_t numbers = parts[0] + parts[1] + parts[2];
+  EFFICIENTAD_FAST_REQUIRE(workspace.dim() == 1 && workspace.size(0) >= numbers, kName, "workspace",
+                           "(numbers,) of at least (" + std::to_string(numbers) + ",)", shape_text(workspace));
+  require_dtype_of_image(image, "workspace", workspace);
+  EFFICIENTAD_FAST_REQUIRE(workspace.is_contiguous(), kName, "workspace", "contiguous",
+                           "strides " + text(workspace.strides()));
+  require_device_of(kName, "image", image, "workspace", workspace);
+  return channels;
 }
 
 // autoencoder.out

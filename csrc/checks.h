@@ -61,6 +61,7 @@ inline std::string dtype_text(ScalarType dtype) {
       case ScalarType::Int: return "int32";
       case ScalarType::Long: return "int64";
       case ScalarType::Bool: return "bool";
+      case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
       default: return "another dtype";
     }
   }();

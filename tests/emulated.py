@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from efficientad_fast.ops import anomaly_map as anomaly_map_operator
+from efficientad_fast.ops import autoencoder as autoencoder_operator
+from efficientad_fast.ops import packing
 from efficientad_fast.ops import preprocess as preprocess_operator
 from efficientad_fast.ops import quantile as quantile_operator
 from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -107,12 +109,26 @@ def quantile_count(values: Tensor, prefixes: Sequence[int], *, counts: Tensor) -
     _kernels().quantile_count(_array(dense), list(prefixes), _array(counts))
 
 
+def autoencoder_mixed(
+    image: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, out: Tensor, workspace: Tensor
+) -> None:
+    autoencoder_operator.fake_mixed(image, weights, biases, out=out, workspace=workspace)
+    if image.shape[0] == 0:
+        return
+    read = packing.mixed(image)
+    placed = [one.contiguous(memory_format=torch.channels_last) for one in weights]
+    added = [one.contiguous() for one in biases]
+    arrays = [list(map(_array, given)) for given in (placed, added)]
+    _kernels().autoencoder(_array(read), *arrays, _array(out), _array(workspace))
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "anomaly_map": anomaly_map,
     "anomaly_map.out": anomaly_map_out,
     "anomaly_map.drop_in": anomaly_map_drop_in,
     "preprocess": preprocess,
     "preprocess.out": preprocess_out,
+    "autoencoder.mixed": autoencoder_mixed,
     "quantile": quantile,
     "quantile.out": quantile_out,
     "quantile.count": quantile_count,

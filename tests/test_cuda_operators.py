@@ -11,8 +11,9 @@ import simt_build
 import torch
 from assertions import assert_close
 from cases import anomaly_map as anomaly_map_cases
+from cases import autoencoder as autoencoder_cases
 from cases import preprocess as preprocess_cases
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from operator_cases import Case, cases, cases_module, numbers
 from tolerances import EXACT, tolerance
@@ -83,6 +84,28 @@ MORE_IMAGES += [
 ]
 
 
+# Vectors and numbers one by one; windows of more channels than there is room for; every tile.
+MORE_AUTOENCODERS = [
+    autoencoder_cases.mixed(
+        "as many channels as EfficientAD has, but where there are many pixels",
+        1,
+        (256, 288),
+        (56, 64),
+        torch.float16,
+        (32, 32, 64, 64, 64, 64, 64, 64, 64, 16, 16, 40, 64),
+    ),
+    autoencoder_cases.mixed(
+        "more than 64 channels",
+        2,
+        (256, 321),
+        (17, 23),
+        torch.bfloat16,
+        (3, 2, 8, 24, 72, 130, 66, 64, 40, 8, 16, 48, 64),
+        out_dtype=torch.float8_e4m3fn,
+    ),
+]
+
+
 def inner(raw: Tensor) -> Tensor:
     return raw[:, :, 1:-1, 1:]
 
@@ -91,7 +114,10 @@ def every(found: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [pytest.param(case, id=repr(case)) for case in found])
 
 
-@every([*(case for operator in OPERATORS for case in cases(operator)), *MORE_MAPS, *MORE_IMAGES])
+CASES = [case for operator in OPERATORS for case in cases(operator) if case.overload in emulated.FUNCTIONS]
+
+
+@every([*CASES, *MORE_MAPS, *MORE_IMAGES, *MORE_AUTOENCODERS])
 def test_results(case: Case) -> None:
     case.check(case.run(emulated.FUNCTIONS[case.overload]))
 
@@ -113,11 +139,24 @@ def test_shared_variables_are_guarded() -> None:
     assert emulated.unguarded_shared_variables() == []
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+SECONDS_EACH = ("autoencoder",)
+"""Operators of which a case takes so long that few are drawn."""
+
+
+@pytest.mark.parametrize("operator", [one for one in OPERATORS if one not in SECONDS_EACH])
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_shapes(operator: str, data: st.DataObject) -> None:
     case = data.draw(cases_module(operator).strategy())
+    case.check(case.run(emulated.FUNCTIONS[case.overload]))
+
+
+@pytest.mark.parametrize("operator", SECONDS_EACH)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(data=st.data())
+def test_few_drawn_shapes(operator: str, data: st.DataObject) -> None:
+    drawn = cases_module(operator).strategy().filter(lambda case: case.overload in emulated.FUNCTIONS)
+    case = data.draw(drawn)
     case.check(case.run(emulated.FUNCTIONS[case.overload]))
 
 
@@ -253,3 +292,28 @@ def test_quantiles_of_values_at_any_alignment(first: int) -> None:
     emulated.quantile_count(values, [], counts=counts)
     quantile_operator.reference_count(values, [], counts=expected)
     assert_close(counts, expected, EXACT)
+
+
+@pytest.mark.parametrize("first", [1, 2, 4])
+def test_autoencoder_at_any_alignment(first: int) -> None:
+    """Vectors are read and written where that can be; what a layer computes does not depend on it."""
+    case = autoencoder_cases.mixed("", 1, (256, 256), (9, 7), torch.float16, (4, 2, 3, 8, 16, 8, 16, 8, 16, 3, 2, 8, 8))
+    (expected,) = case.run(emulated.autoencoder_mixed)
+    (image, weights, biases), written = case.arguments()
+
+    def moved(given: Tensor) -> Tensor:
+        place = torch.empty(given.numel() + first, dtype=given.dtype)[first:]
+        return place.as_strided(given.shape, given.stride()).copy_(given)
+
+    written = {name: moved(one) for name, one in written.items()}
+    emulated.autoencoder_mixed(moved(image), [moved(one) for one in weights], biases, **written)
+    assert_close(written["out"], expected, EXACT)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_autoencoder_in_another_order_of_blocks_and_threads(order: int) -> None:
+    case = autoencoder_cases.mixed("", 2, (256, 256), (9, 7), torch.float16, autoencoder_cases.ENOUGH)
+    (expected,) = case.run(emulated.autoencoder_mixed)
+    with emulated.shuffled(order):
+        (actual,) = case.run(emulated.autoencoder_mixed)
+    assert_close(actual, expected, EXACT)

@@ -1,6 +1,7 @@
 // The catalogue's kernels in the emulator, over memory of the host; tests/emulated.py calls these.
 
 #include "cuda/anomaly_map_kernel.h"
+#include "cuda/autoencoder_kernel.h"
 #include "cuda/preprocess_kernel.h"
 #include "cuda/quantile_kernel.h"
 #include "simt/bindings.h"
@@ -11,6 +12,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -43,7 +45,12 @@ struct Array {
     throw std::invalid_argument("no kernel takes " + dtype);
   }
 
+  bool is_e4m3() const { return dtype == "float8_e4m3fn"; }
+
   std::size_t element_size() const {
+    if (is_e4m3()) {
+      return 1;
+    }
     switch (device_dtype()) {
       case Dtype::kFloat64: return 8;
       case Dtype::kFloat32: return 4;
@@ -191,6 +198,34 @@ void quantile_count(const Array& values, const std::vector<std::int64_t>& prefix
   take(to);
 }
 
+// image: channels next to each other; weights channels-last, biases contiguous.
+void autoencoder(const Array& image, const std::vector<Array>& weights, const std::vector<Array>& biases,
+                 const Array& out, const Array& workspace) {
+  const Buffer from = source("image", image), to = result("out", out), room = result("workspace", workspace);
+  std::vector<std::unique_ptr<Buffer>> parameters;
+  const auto pass = [&parameters](const char* name, std::size_t index, const Array& array) {
+    parameters.push_back(std::make_unique<Buffer>(name + ("[" + std::to_string(index) + "]"),
+                                                  reinterpret_cast<void*>(array.pointer), array.bytes(), false, true));
+    return parameters.back()->as<void>();
+  };
+  cuda::Autoencoder call{};
+  call.image = from.as<void>();
+  call.image_stride = image.strides[0], call.row_stride = image.strides[2], call.pixel_stride = image.strides[3];
+  call.images = image.sizes[0], call.height = image.sizes[2], call.width = image.sizes[3];
+  call.channels = image.sizes[1];
+  for (std::size_t index = 0; index < weights.size(); ++index) {
+    call.weights[index] = pass("weights", index, weights[index]);
+    call.biases[index] = static_cast<const float*>(pass("biases", index, biases[index]));
+    call.outputs[index] = weights[index].sizes[0];
+  }
+  call.dtype = image.device_dtype();
+  call.workspace = room.as<void>();
+  call.out = to.as<void>(), call.out_height = out.sizes[2], call.out_width = out.sizes[3];
+  call.narrow = out.is_e4m3();
+  cuda::launch_autoencoder(call, nullptr);
+  take(to);
+}
+
 }  // namespace
 
 }  // namespace efficientad_fast::simt
@@ -204,6 +239,7 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
            }),
            py::arg("pointer"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"));
   m.def("anomaly_map", &simt::anomaly_map);
+  m.def("autoencoder", &simt::autoencoder);
   m.def("drop_in", &simt::drop_in);
   m.def("preprocess", &simt::preprocess);
   m.def("quantile", &simt::quantile);

@@ -1,0 +1,94 @@
+// autoencoder on a GPU: what autoencoder_kernel.h needs to know of tensors.
+
+#include "../autoencoder.h"
+#include "autoencoder_kernel.h"
+#include "tensors.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace efficientad_fast {
+
+namespace {
+
+using autoencoder::kName;
+using torch::stable::accelerator::DeviceGuard;
+
+// Tensor cores' own conversion narrows the result.
+void require_e4m3(const Tensor& out) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, out.get_device_index());
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, out.get_device_index());
+  EFFICIENTAD_FAST_REQUIRE(10 * major + minor >= 89, kName, "out",
+                           "of another dtype than float8_e4m3fn on a GPU of compute capability below 8.9",
+                           "one of " + std::to_string(major) + "." + std::to_string(minor));
+}
+
+// As it is where channels are next to each other in memory, else a copy in which they are.
+Tensor channels_last(const Tensor& given) {
+  if (given.stride(1) == 1 || given.size(1) == 1) {
+    return given;
+  }
+  return torch::stable::contiguous(given, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor dense_channels_last(const Tensor& given) {
+  return packing::is_dense_channels_last(given)
+             ? given
+             : torch::stable::contiguous(given, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+void autoencoder_mixed(const Tensor& image, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor out,
+                       Tensor workspace) {
+  const std::vector<int64_t> channels =
+      autoencoder::check_mixed(image, weights, biases, out, workspace, /*cuda=*/true);
+  const auto layers = autoencoder::layers(image.size(2), image.size(3), {out.size(2), out.size(3)});
+  cuda::require_side(kName, "image", "height", image.size(2));
+  cuda::require_side(kName, "image", "width", image.size(3));
+  for (int64_t index = 0; index < autoencoder::kLayers; ++index) {
+    const int64_t numbers = layers[index].out_height * layers[index].out_width * channels[index];
+    EFFICIENTAD_FAST_REQUIRE(numbers <= cuda::kBlockLimit, kName, "image",
+                             "of fewer pixels on a GPU: no layer may write more than 2^31 numbers of one", numbers);
+  }
+  const DeviceGuard guard(image.get_device_index());
+  if (out.scalar_type() == ScalarType::Float8_e4m3fn) {
+    require_e4m3(out);
+  }
+  if (image.size(0) == 0) {
+    return;
+  }
+  const Tensor read = channels_last(image);
+  cuda::Autoencoder call{};
+  call.image = read.const_data_ptr();
+  call.image_stride = read.stride(0), call.row_stride = read.stride(2), call.pixel_stride = read.stride(3);
+  call.images = read.size(0), call.height = read.size(2), call.width = read.size(3), call.channels = read.size(1);
+  std::vector<Tensor> kept;  // until the launches have been made
+  for (int64_t index = 0; index < autoencoder::kLayers; ++index) {
+    kept.push_back(dense_channels_last(weights[index]));
+    call.weights[index] = kept.back().const_data_ptr();
+    kept.push_back(torch::stable::contiguous(biases[index]));
+    call.biases[index] = static_cast<const float*>(kept.back().const_data_ptr());
+    call.outputs[index] = channels[index];
+  }
+  call.dtype = cuda::dtype_of(image);
+  call.workspace = workspace.mutable_data_ptr();
+  call.out = out.mutable_data_ptr();
+  call.out_height = out.size(2), call.out_width = out.size(3);
+  call.narrow = out.scalar_type() == ScalarType::Float8_e4m3fn;
+  cuda::launch_autoencoder(call, cuda::current_stream(image));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+}  // namespace efficientad_fast
+
+STABLE_TORCH_LIBRARY_IMPL(efficientad_fast_cuda, CUDA, m) {
+  m.impl("autoencoder.mixed", TORCH_BOX(&efficientad_fast::autoencoder_mixed));
+}
