@@ -43,6 +43,7 @@ def written(module: ModuleType, array: Any, name: str = "out") -> Any:
 BEYOND = "writes 4 bytes at out + 256, 0 bytes past its end of 256"
 RACE = "with no barrier in between: race"
 BLOCKS = "and nothing orders the blocks: race"
+UNDER_WAY, NOT_WAITED = "where a copy is under way that", "has not waited for: race"
 WRONG = {
     "read_past_end": ("block (1,0,0) thread (31,0,0)", "reads 4 bytes at in + 256, 0 bytes past its end of 256"),
     "read_before_begin": ("thread (0,0,0)", "reads 4 bytes at in - 4, 4 bytes before its begin"),
@@ -153,6 +154,71 @@ WRONG = {
     "not_in_own_mask": ("thread (16,0,0)", "calls __syncwarp(0xffff) and is not in the mask"),
     "waits_for_ever": ("thread (1,0,0)", "does not end: it has touched memory more than 16777216 times"),
     "trapped": ("thread (9,0,0)", "traps"),
+    "missing_wait": ("thread (0,0,0)", f"reads 4 bytes at tile + 252, {UNDER_WAY} thread (63,0,0) {NOT_WAITED}"),
+    "missing_commit": ("thread (0,0,0)", f"reads 4 bytes at tile + 0, {UNDER_WAY} it {NOT_WAITED}"),
+    "missing_barrier_after_wait": ("thread (1,0,0)", f"reads 4 bytes at tile + 0, which thread (0,0,0) wrote {RACE}"),
+    "too_few_groups_waited_for": (
+        "thread (0,0,0)",
+        f"reads 4 bytes at tile + 508, {UNDER_WAY} thread (63,0,0) {NOT_WAITED}",
+    ),
+    "ends_before_its_copy": ("thread (0,0,0)", "ends without having waited for its copy to tile + 0"),
+    "stage_overwritten_too_early": (
+        "thread (32,0,0)",
+        f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}",
+    ),
+    "copy_over_what_others_read": (
+        "thread (63,0,0)",
+        f"writes 4 bytes at tile + 0, which thread (1,0,0) read {RACE}",
+    ),
+    "written_under_a_copy": ("thread (0,0,0)", f"writes 4 bytes at tile + 0, {UNDER_WAY} it {NOT_WAITED}"),
+    "two_copies_to_one_place": ("thread (1,0,0)", f"writes 4 bytes at tile + 0, which thread (0,0,0) wrote {RACE}"),
+    "source_changes_on_the_way": ("thread (0,0,0)", "has copied from out + 0, which changed on the way: race"),
+    "unwritten_source": ("thread (40,0,0)", "reads 4 bytes at out + 160, which nothing has written"),
+    "source_past_end": ("thread (16,0,0)", "reads 16 bytes at in + 256, 0 bytes past its end of 256"),
+    "source_not_global": ("thread (0,0,0)", "copies from other + 0, which is not global memory"),
+    "target_not_shared": ("thread (0,0,0)", "copies to out + 0, which is not shared memory"),
+    "target_of_registers": ("thread (0,0,0)", "copies to a local variable, which is not shared memory"),
+    "target_past_end": ("thread (16,0,0)", "writes 16 bytes at tile + 256, 0 bytes past its end of 256"),
+    "misaligned_target": ("thread (1,0,0)", "copies to tile + 8, whose address is not a multiple of 16"),
+    "misaligned_source": ("thread (1,0,0)", "copies from in + 4, whose address is not a multiple of 8"),
+    "misaligned_source_not_taken": (
+        "thread (0,0,0)",
+        "copies from in + 4, whose address is not a multiple of 16",
+    ),
+    "misaligned_row": (
+        "thread (1,0,0)",
+        "loads a row of a matrix from rows + 12, whose address is not a multiple of 16",
+    ),
+    "row_past_end": ("thread (16,0,0)", "reads 16 bytes at rows + 256, 0 bytes past its end of 256"),
+    "row_not_shared": ("thread (0,0,0)", "loads a row of a matrix from in + 0, which is not shared memory"),
+    "unwritten_row": ("thread (5,0,0)", "reads 16 bytes at rows + 80, which nothing has written"),
+    "rows_without_barrier": ("thread (32,0,0)", f"reads 16 bytes at rows + 0, which thread (0,0,0) wrote {RACE}"),
+    "own_rows_without_syncwarp": ("thread (1,0,0)", f"reads 4 bytes at rows + 4, which thread (0,0,0) wrote {RACE}"),
+    "rows_overwritten_without_syncwarp": (
+        "thread (30,0,0)",
+        f"writes 4 bytes at rows + 480, which thread (24,0,0) read {RACE}",
+    ),
+    "rows_under_way": ("thread (0,0,0)", f"reads 16 bytes at rows + 0, {UNDER_WAY} it {NOT_WAITED}"),
+    "lane_missing_in_load": (
+        "thread (32,0,0)",
+        "calls load_matrices of two, for which lane 5 is needed, which has exited",
+    ),
+    "lane_elsewhere_in_load": (
+        "thread (32,0,0)",
+        "waits at load_matrices of two for thread (37,0,0), which waits at __syncwarp(0xffffffff): deadlock",
+    ),
+    "lane_missing_in_multiply": (
+        "thread (0,0,0)",
+        "calls multiply_add of float16, for which lane 5 is needed, which has exited",
+    ),
+    "lanes_that_do_not_exist": (
+        "thread (32,0,0)",
+        "calls multiply_add of e4m3, for which lane 8 is needed, which the block does not have",
+    ),
+    "products_of_two_kinds": (
+        "thread (0,0,0)",
+        "waits at multiply_add of bfloat16 for thread (16,0,0), which waits at multiply_add of float16: deadlock",
+    ),
 }
 INITIALISED = {  # what they read there comes from outside
     *("missing_fence", "plain_and_atomic", "waits_for_ever", "read_after_atomic", "fence_too_early"),
@@ -440,6 +506,187 @@ def test_the_last_warp_adds_up(semantics: ModuleType, order: int) -> None:
     semantics.configure(order=order)
     simt_build.run(semantics.sum_by_last_warp, simt_build.buffer(semantics, "in", given), written(semantics, result))
     assert result[0] == given.sum()
+
+
+# Asynchronous copies and matrices of a warp
+
+
+@pytest.mark.parametrize("bytes_each", [4, 8, 16])
+@pytest.mark.parametrize("order", [0, 3])
+def test_asynchronous_copies(semantics: ModuleType, bytes_each: int, order: int) -> None:
+    rng = np.random.default_rng(7)
+    given, taken = rng.integers(0, 256, (128, bytes_each), np.uint8), (rng.random(128) < 0.7).astype(np.uint8)
+    taken[[0, -1]] = 0
+    result = np.zeros_like(given)
+    inside = given[:-1]  # of a copy that is not taken the source may lie anywhere
+    buffers = [simt_build.buffer(semantics, name, array) for name, array in (("in", inside), ("taken", taken))]
+    semantics.configure(order=order)
+    simt_build.run(semantics.copies, *buffers, written(semantics, result), bytes_each)
+    assert (result == given * taken[:, None]).all()
+
+
+def test_groups_without_copies_and_copies_without_a_group(semantics: ModuleType) -> None:
+    given, result = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    simt_build.run(semantics.empty_groups, simt_build.buffer(semantics, "in", given), written(semantics, result))
+    assert (result == given).all()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("stride", [16, 48, 144])
+def test_matrices_are_loaded_as_the_ptx_isa_says(semantics: ModuleType, count: int, stride: int) -> None:
+    rows = np.random.default_rng(8).integers(0, 2**32, (32, 4), np.uint32)
+    result = np.zeros((32, count), np.uint32)
+    read = simt_build.buffer(semantics, "in", rows)
+    simt_build.run(semantics.loaded_matrices, read, written(semantics, result), count, stride)
+    for lane in range(32):
+        assert result[lane].tolist() == [rows[8 * matrix + lane // 4, lane % 4] for matrix in range(count)]
+
+
+Layout = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # rows and columns of the numbers of every lane
+
+PRODUCTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+
+
+def layouts_of_the_ptx_isa(bits: int) -> dict[str, Layout]:
+    """The formulas of "Matrix Fragments for mma.m16n8k16 with floating point type" and "... for mma.m16n8k32"."""
+    lane = np.arange(32)[:, None]
+    group, within = lane >> 2, lane % 4
+    if bits == 16:
+        i, j = np.arange(8), np.arange(4)
+        left = np.where((i < 2) | ((i >= 4) & (i < 6)), group, group + 8), within * 2 + (i & 1) + np.where(i < 4, 0, 8)
+        right = within * 2 + (j & 1) + np.where(j < 2, 0, 8), group + 0 * j
+    else:
+        i, j = np.arange(16), np.arange(8)
+        left = (
+            np.where((i < 4) | ((i >= 8) & (i < 12)), group, group + 8),
+            within * 4 + (i & 3) + np.where(i < 8, 0, 16),
+        )
+        right = within * 4 + (j & 3) + np.where(j < 4, 0, 16), group + 0 * j
+    k = np.arange(4)
+    return {"left": left, "right": right, "sums": (np.where(k < 2, group, group + 8), within * 2 + (k & 1))}
+
+
+def layouts_of_triton(bits: int) -> dict[str, Layout]:
+    """What Triton's compiler takes the registers of mma version 2 to hold."""
+    libtriton = pytest.importorskip("triton._C.libtriton")
+    gluon = pytest.importorskip("triton.experimental.gluon.language")
+    context = libtriton.ir.context()
+    libtriton.ir.load_dialects(context)
+    builder = libtriton.gluon_ir.GluonOpBuilder(context)
+    sums = gluon.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    left, right = (gluon.DotOperandLayout(side, sums, 32 // bits) for side in range(2))
+    depth = 256 // bits
+    layouts = {}
+    for name, layout, shape in (("left", left, [16, depth]), ("right", right, [depth, 8]), ("sums", sums, [16, 8])):
+        linear = builder.to_linear_layout(layout._to_ir(builder), shape)
+        places = np.zeros((32, 2 ** len(linear.reg_bases), 2), np.int64)
+        for axis, bases in ((0, linear.lane_bases), (1, linear.reg_bases)):
+            for bit, base in enumerate(bases):
+                chosen = np.arange(places.shape[axis]) >> bit & 1
+                places ^= np.expand_dims(chosen[:, None] * np.array(base), 1 - axis)
+        layouts[name] = places[..., 0], places[..., 1]
+    return layouts
+
+
+def multiply_fragments(
+    module: ModuleType, product: str, layouts: dict[str, Layout], left: torch.Tensor, right: torch.Tensor, sums: Any
+) -> np.ndarray[Any, Any]:
+    """left @ right + sums by one multiply_add, of lanes whose registers hold what `layouts` says."""
+    registers = {"left": left[layouts["left"]], "right": right[layouts["right"]], "sums": torch.tensor(sums)}
+    registers["sums"] = registers["sums"][layouts["sums"]]
+    buffers = [simt_build.buffer(module, name, array.contiguous()) for name, array in registers.items()]
+    result, got = np.zeros((16, 8), np.float32), np.zeros((32, 4), np.float32)
+    simt_build.run(module.multiplied_fragments, product, *buffers, written(module, got))
+    result[layouts["sums"]] = got
+    return result
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("source", [layouts_of_the_ptx_isa, layouts_of_triton])
+def test_a_product_of_fragments(semantics: ModuleType, product: str, source: Any) -> None:
+    dtype, rng = PRODUCTS[product], np.random.default_rng(9)
+    depth = 32 // dtype.itemsize
+    layouts = source(8 * dtype.itemsize)
+    for name, shape in (("left", (16, depth)), ("right", (depth, 8)), ("sums", (16, 8))):
+        places = {(int(row), int(column)) for row, column in zip(*map(np.ravel, layouts[name]), strict=True)}
+        assert places == set(np.ndindex(shape)), name
+    for order in range(3):
+        left, right, sums = (rng.integers(-8, 9, s).astype(np.float32) for s in ((16, depth), (depth, 8), (16, 8)))
+        semantics.configure(order=order)
+        operands = [torch.tensor(one).to(dtype) for one in (left, right)]
+        assert (multiply_fragments(semantics, product, layouts, *operands, sums) == left @ right + sums).all()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_are_added_one_after_the_other(semantics: ModuleType, product: str) -> None:
+    dtype, generator = PRODUCTS[product], torch.Generator().manual_seed(10)
+    depth = 32 // dtype.itemsize
+    left, right = (torch.randn(shape, generator=generator).to(dtype) for shape in ((16, depth), (depth, 8)))
+    sums = torch.randn(16, 8, generator=generator).numpy()
+    wanted = sums.copy()
+    for k in range(depth):
+        wanted += np.outer(left[:, k].float().numpy(), right[k].float().numpy())
+    got = multiply_fragments(semantics, product, layouts_of_the_ptx_isa(8 * dtype.itemsize), left, right, sums)
+    assert (got == wanted).all()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_every_number_of_a_product(semantics: ModuleType, product: str) -> None:
+    dtype = PRODUCTS[product]
+    bits, depth = 8 * dtype.itemsize, 32 // dtype.itemsize
+    codes = np.arange(2**bits, dtype=f"u{bits // 8}")[:: 1 if bits == 8 else 257]
+    every = torch.from_numpy(np.pad(codes, (0, -codes.size % 16)).view(f"i{bits // 8}")).view(dtype)
+    layouts = layouts_of_the_ptx_isa(bits)
+    one = torch.zeros(depth, 8).to(dtype)
+    one[0] = torch.ones(8).to(dtype)
+    for some in every.reshape(-1, 16):
+        left = torch.zeros(16, depth).to(dtype)
+        left[:, 0] = some
+        got = multiply_fragments(semantics, product, layouts, left, one, np.zeros((16, 8), np.float32))
+        np.testing.assert_array_equal(got, np.tile(some.float().numpy()[:, None], 8))
+
+
+def test_products_beyond_the_numbers(semantics: ModuleType) -> None:
+    left, right, sums = torch.zeros(16, 16), torch.zeros(16, 8), np.zeros((16, 8), np.float32)
+    left[0, 0], left[1, 0], left[2, 0], left[3, :2] = torch.inf, torch.nan, -torch.inf, 1e38
+    right[0], right[1] = 2.0, 2.0
+    sums[2, 0], sums[3, 0] = np.inf, -np.inf
+    operands = [one.bfloat16() for one in (left, right)]
+    got = multiply_fragments(semantics, "bfloat16", layouts_of_the_ptx_isa(16), *operands, sums)
+    assert (got[0] == np.inf).all() and np.isnan(got[1]).all()
+    assert np.isnan(got[2, 0]) and (got[2, 1:] == -np.inf).all()
+    assert got[3, 0] == -np.inf and (got[3, 1:] == np.inf).all()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("depth", [16, 64, 208])
+@pytest.mark.parametrize("order", [0, 4])
+def test_a_product_through_shared_memory(semantics: ModuleType, product: str, depth: int, order: int) -> None:
+    dtype, generator = PRODUCTS[product], torch.Generator().manual_seed(11)
+    left, right = (torch.randn(64, depth // dtype.itemsize, generator=generator).to(dtype) for _ in range(2))
+    result = np.zeros((64, 64), np.float32)
+    buffers = [simt_build.buffer(semantics, name, array) for name, array in (("left", left), ("right", right))]
+    semantics.configure(order=order)
+    simt_build.run(semantics.matrix_product, product, *buffers, written(semantics, result), depth)
+    a, b = left.double().numpy(), right.double().numpy()
+    largest = np.abs(a) @ np.abs(b).T
+    assert (np.abs(result - a @ b.T) <= largest * a.shape[1] * 2.0**-24).all()
+
+
+def test_conversion_to_e4m3(semantics: ModuleType) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = every[~every.isnan()].double().unique().numpy()
+    middle = ((every[1:] + every[:-1]) / 2).astype(np.float32)
+    beside = np.concatenate([np.nextafter(middle, np.float32(sign * np.inf)) for sign in (-1, 1)])
+    ends = np.float32([448, 449, 463.99997, 464, 465, 480, 1e30, np.inf, 2**-10, 2**-10 * 1.0001, 1e-45, 0])
+    given = np.concatenate([middle, beside, ends, -ends, awkward_floats()]).astype(np.float32)
+    given = np.stack([given, np.roll(given, 1)], axis=1)
+    result = np.zeros(len(given), np.uint16)
+    read = simt_build.buffer(semantics, "in", given)
+    simt_build.run(semantics.to_e4m3, read, written(semantics, result))
+    wanted = torch.from_numpy(given).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    wanted = np.where(np.isnan(given), 0x7F, wanted)
+    assert (result.view(np.uint8).reshape(wanted.shape) == wanted).all()
 
 
 # The same with any number of system threads

@@ -1,5 +1,5 @@
 // The emulator's insides: what is known of every byte, every thread, every warp and every block.
-// README.md says what the rules are; memory.cpp judges accesses, machine.cpp runs threads, ptx.cpp copies and multiplies.
+// README.md says what the rules are; memory.cpp judges accesses, machine.cpp runs threads, ptx.cpp does what PTX adds.
 
 #pragma once
 
@@ -228,10 +228,10 @@ class Paused {
 // Judges an access by the running thread; does not return if it is wrong.
 void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access access, const void* caller);
 
-// Does not return if `pointer` is not a multiple of `bytes`, or lies in memory of another kind; `what` begins the
-// sentence. Whether there is any memory is left to `touch`.
-void require_kind(Thread& thread, const void* pointer, std::size_t bytes, Region::Kind kind, const char* what,
-                  const void* caller);
+// Do not return if `pointer` is no multiple of `bytes`, or lies in memory of another kind; `what` begins the sentence.
+// Whether there is any memory is left to `touch`.
+void require_aligned(Thread& thread, const void* pointer, std::size_t bytes, const char* what, const void* caller);
+void require_kind(Thread& thread, const void* pointer, Region::Kind kind, const char* what, const void* caller);
 
 void mark_under_way(Thread& thread, const Copy& copy);
 void clear_under_way(Thread& thread, const Copy& copy);

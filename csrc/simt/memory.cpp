@@ -577,14 +577,16 @@ std::string place_of(Thread& thread, const void* pointer) {
   return inside ? *region->name + " + " + std::to_string(address - region->begin) : std::to_string(address);
 }
 
-void require_kind(Thread& thread, const void* pointer, std::size_t bytes, Region::Kind kind, const char* what,
-                  const void* caller) {
-  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
-  if (address % bytes != 0) {
+void require_aligned(Thread& thread, const void* pointer, std::size_t bytes, const char* what, const void* caller) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0) {
     fail(thread,
          what + (" " + place_of(thread, pointer)) + ", whose address is not a multiple of " + std::to_string(bytes),
          caller);
   }
+}
+
+void require_kind(Thread& thread, const void* pointer, Region::Kind kind, const char* what, const void* caller) {
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   const Region* const region = find(*thread.worker, address);
   const bool own = address >= thread.stack_low && address < thread.stack_high;
   if (own || (region != nullptr && address < region->end && region->kind != kind)) {

@@ -9,19 +9,19 @@ namespace efficientad_fast::simt {
 
 // Copies
 
-// Shared memory is written when it is waited for. From now until then nobody may touch it; what it held before must have
-// been read by now, and whoever reads it afterwards must be ordered after the wait.
+// Shared memory is written when it is waited for. Until then nobody may touch it: what it held must have been read by
+// now, and whoever reads it afterwards must be ordered after the wait.
 void copy_async(void* shared, const void* global, unsigned bytes, bool taken) {
   const Paused thread;
   const void* const caller = __builtin_return_address(0);
-  require_kind(*thread, shared, bytes, Region::Kind::kShared, "copies to", caller);
+  require_aligned(*thread, shared, bytes, "copies to", caller);
+  require_aligned(*thread, global, bytes, "copies from", caller);
+  require_kind(*thread, shared, Region::Kind::kShared, "copies to", caller);
   Copy copy{static_cast<char*>(shared), taken ? global : nullptr, bytes, {}, caller};
   if (taken) {
-    require_kind(*thread, global, bytes, Region::Kind::kGlobal, "copies from", caller);
+    require_kind(*thread, global, Region::Kind::kGlobal, "copies from", caller);
     touch(*thread, reinterpret_cast<std::uintptr_t>(global), bytes, Access::kRead, caller);
     std::memcpy(copy.content.data(), global, bytes);
-  } else if (reinterpret_cast<std::uintptr_t>(global) % bytes != 0) {
-    require_kind(*thread, global, bytes, Region::Kind::kGlobal, "copies from", caller);
   }
   touch(*thread, reinterpret_cast<std::uintptr_t>(shared), bytes, Access::kWrite, caller);
   mark_under_way(*thread, copy);
@@ -52,7 +52,8 @@ void wait_for_copies(unsigned pending) {
   for (std::size_t i = 0; i < count; ++i) {
     const Copy& copy = thread->copies[i];
     if (copy.from != nullptr && std::memcmp(copy.from, copy.content.data(), copy.bytes) != 0) {
-      fail(*thread, "has copied from " + place_of(*thread, copy.from) + ", which changed on the way: race", copy.caller);
+      fail(*thread, "has copied from " + place_of(*thread, copy.from) + ", which changed on the way: race",
+           copy.caller);
     }
     clear_under_way(*thread, copy);
     touch(*thread, reinterpret_cast<std::uintptr_t>(copy.to), copy.bytes, Access::kWrite, caller);
@@ -72,7 +73,8 @@ void load(Thread* lanes, unsigned matrices) {
       Thread& giver = lanes[matrix * 8 + row];
       const auto address = static_cast<std::uintptr_t>(giver.value);
       const void* const pointer = reinterpret_cast<const void*>(address);
-      require_kind(giver, pointer, 16, Region::Kind::kShared, "loads a row of a matrix from", giver.caller);
+      require_aligned(giver, pointer, 16, "loads a row of a matrix from", giver.caller);
+      require_kind(giver, pointer, Region::Kind::kShared, "loads a row of a matrix from", giver.caller);
       touch(giver, address, 16, Access::kRead, giver.caller);
       for (unsigned word = 0; word < 4; ++word) {
         Thread& receiver = lanes[row * 4 + word];

@@ -344,6 +344,24 @@ __global__ void copies(const char* in, const unsigned char* taken, char* out) {
   }
 }
 
+// A group may be empty, and counts nonetheless; what is not committed is not waited for, but keeps nobody waiting.
+__global__ void empty_groups(const float* in, float* out) {
+  __shared__ float tile[2][32];
+  const int t = static_cast<int>(threadIdx.x);
+  efficientad_fast::cuda::wait_for_copies<0>();
+  efficientad_fast::cuda::copy_async<4>(&tile[0][t], in + t, true);
+  efficientad_fast::cuda::commit_copies();
+  efficientad_fast::cuda::wait_for_copies<3>();
+  efficientad_fast::cuda::commit_copies();
+  efficientad_fast::cuda::copy_async<4>(&tile[1][t], in + 32 + t, true);
+  efficientad_fast::cuda::wait_for_copies<1>();
+  out[t] = tile[0][t];
+  efficientad_fast::cuda::wait_for_copies<0>();
+  efficientad_fast::cuda::commit_copies();
+  efficientad_fast::cuda::wait_for_copies<0>();
+  out[32 + t] = tile[1][t];
+}
+
 // Rows of 16 bytes in shared memory, `stride` bytes apart, and every register of every lane.
 template <int kMatrices>
 __global__ void loaded_matrices(const uint4* in, unsigned* out, int stride) {
@@ -410,7 +428,8 @@ __global__ void matrix_product(const char* left, const char* right, float* out, 
           a, &tiles[stage % 2][0][(warp * 16 + lane % 16) * kRow + k + lane / 16 * 16]);
       for (int n = 0; n < kSide / 8; ++n) {
         unsigned b[2];
-        efficientad_fast::cuda::load_matrices(b, &tiles[stage % 2][1][(n * 8 + lane % 8) * kRow + k + lane / 8 % 2 * 16]);
+        efficientad_fast::cuda::load_matrices(
+            b, &tiles[stage % 2][1][(n * 8 + lane % 8) * kRow + k + lane / 8 % 2 * 16]);
         efficientad_fast::cuda::multiply_add<kProduct>(sums[n], a, b);
       }
     }
@@ -511,6 +530,9 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
            : bytes == 8 ? copies<8>
                         : copies<16>,
            1, count / 2, out.bytes(), nullptr, in.as<char>(), taken.as<unsigned char>(), out.as<char>());
+  });
+  m.def("empty_groups", [](const Buffer& in, const Buffer& out) {
+    launch(empty_groups, 1, 32, 0, nullptr, in.as<float>(), out.as<float>());
   });
   m.def("loaded_matrices", [](const Buffer& in, const Buffer& out, int matrices, int stride) {
     launch(matrices == 4 ? loaded_matrices<4> : loaded_matrices<2>, 1, 32, static_cast<std::size_t>(32 * stride),

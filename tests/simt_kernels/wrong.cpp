@@ -2,6 +2,7 @@
 // All are launched with `count` floats to read and as many, unwritten, to write.
 
 #include "cuda/device.h"
+#include "cuda/ptx.h"
 #include "simt/bindings.h"
 
 #include <cstdint>
@@ -9,7 +10,13 @@
 
 namespace {
 
+using efficientad_fast::cuda::Product;
+using efficientad_fast::cuda::commit_copies;
+using efficientad_fast::cuda::copy_async;
 using efficientad_fast::cuda::launch;
+using efficientad_fast::cuda::load_matrices;
+using efficientad_fast::cuda::multiply_add;
+using efficientad_fast::cuda::wait_for_copies;
 using efficientad_fast::simt::Buffer;
 
 __device__ __forceinline__ int global_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
@@ -551,6 +558,442 @@ __global__ void trapped(const float* in, float* out, int) {
   }
 }
 
+// Asynchronous copies
+
+// Every thread copies its own four bytes.
+template <bool kWrong>
+__global__ void missing_wait(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<4>(tile + t, in + t, true);
+  commit_copies();
+  if (!kWrong) {
+    wait_for_copies<0>();
+  }
+  __syncthreads();
+  out[t] = tile[63 - t];
+  wait_for_copies<0>();
+}
+
+template <bool kWrong>
+__global__ void missing_commit(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<4>(tile + t, in + t, true);
+  if (!kWrong) {
+    commit_copies();
+  }
+  wait_for_copies<0>();
+  out[t] = tile[t];
+  commit_copies();
+  wait_for_copies<0>();
+}
+
+// Who waits has its own bytes, and no others.
+template <bool kWrong>
+__global__ void missing_barrier_after_wait(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<4>(tile + t, in + t, true);
+  commit_copies();
+  if (kWrong) {
+    __syncthreads();
+  }
+  wait_for_copies<0>();
+  if (!kWrong) {
+    __syncthreads();
+  }
+  out[t] = tile[t > 0 ? t - 1 : 0];
+}
+
+template <bool kWrong>
+__global__ void too_few_groups_waited_for(const float* in, float* out, int) {
+  __shared__ float tile[2][64];
+  const int t = static_cast<int>(threadIdx.x);
+  for (auto& stage : tile) {
+    copy_async<4>(stage + t, in + t, true);
+    commit_copies();
+  }
+  wait_for_copies<1>();
+  __syncthreads();
+  const float first = tile[0][63 - t];
+  if (!kWrong) {
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+  out[t] = first + tile[1][63 - t];
+  wait_for_copies<0>();
+}
+
+template <bool kWrong>
+__global__ void ends_before_its_copy(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<4>(tile + t, in + t, true);
+  commit_copies();
+  if (!kWrong) {
+    wait_for_copies<0>();
+  }
+  out[t] = in[t];
+}
+
+// A stage is filled anew as soon as one's own value has been read from it.
+template <bool kWrong>
+__global__ void stage_overwritten_too_early(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  float sum = 0.0f;
+  for (int stage = 0; stage < 2; ++stage) {
+    copy_async<4>(tile + t, in + t, true);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    sum += tile[63 - t];
+    if (!kWrong) {
+      __syncthreads();
+    }
+  }
+  out[t] = sum;
+}
+
+template <bool kWrong>
+__global__ void copy_over_what_others_read(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  tile[t] = in[t];
+  __syncthreads();
+  out[t] = tile[t ^ 1];
+  if (!kWrong) {
+    __syncthreads();
+  }
+  if (t == 63) {
+    copy_async<4>(tile, in, true);
+    commit_copies();
+  }
+  __syncthreads();  // too late for what has begun
+  wait_for_copies<0>();
+}
+
+template <bool kWrong>
+__global__ void written_under_a_copy(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<4>(tile + t, in + t, true);
+  commit_copies();
+  if (!kWrong) {
+    wait_for_copies<0>();
+  }
+  tile[t] = 0.0f;
+  out[t] = tile[t];
+}
+
+template <bool kWrong>
+__global__ void two_copies_to_one_place(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<4>(tile + (kWrong ? 0 : t), in, true);
+  commit_copies();
+  wait_for_copies<0>();
+  out[t] = 0.0f;
+}
+
+template <bool kWrong>
+__global__ void source_changes_on_the_way(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  copy_async<4>(tile + t, out + t, true);
+  commit_copies();
+  if (!kWrong) {
+    wait_for_copies<0>();
+  }
+  out[t] = -1.0f;
+  wait_for_copies<0>();
+}
+
+template <bool kWrong>
+__global__ void unwritten_source(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  if (!kWrong || t != 40) {
+    out[t] = in[t];
+  }
+  copy_async<4>(tile + t, out + t, true);
+  commit_copies();
+  wait_for_copies<0>();
+}
+
+template <bool kWrong>
+__global__ void source_past_end(const float* in, float* out, int count) {
+  __shared__ __align__(16) float tile[128];
+  const int t = static_cast<int>(threadIdx.x), from = 4 * t;
+  copy_async<16>(tile + from, in + from, kWrong ? from <= count : from < count);
+  commit_copies();
+  wait_for_copies<0>();
+  out[t] = tile[from];
+}
+
+template <bool kWrong>
+__global__ void source_not_global(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  __shared__ float other[64];
+  const int t = static_cast<int>(threadIdx.x);
+  other[t] = in[t];
+  copy_async<4>(tile + t, (kWrong ? other : in) + t, true);
+  commit_copies();
+  wait_for_copies<0>();
+  out[t] = tile[t];
+}
+
+template <bool kWrong>
+__global__ void target_not_shared(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<4>((kWrong ? out : tile) + t, in + t, true);
+  commit_copies();
+  wait_for_copies<0>();
+}
+
+template <bool kWrong>
+__global__ void target_of_registers(const float* in, float* out, int) {
+  __shared__ float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  float own[1] = {};
+  copy_async<4>(kWrong ? own : tile + t, in + t, true);
+  commit_copies();
+  wait_for_copies<0>();
+  out[t] = kWrong ? own[0] : tile[t];
+}
+
+template <bool kWrong>
+__global__ void target_past_end(const float* in, float* out, int) {
+  __shared__ __align__(16) float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  if (t <= (kWrong ? 16 : 15)) {
+    copy_async<16>(tile + 4 * t, in, true);
+    commit_copies();
+    wait_for_copies<0>();
+    out[t] = tile[4 * t];
+  }
+}
+
+template <bool kWrong>
+__global__ void misaligned_target(const float* in, float* out, int) {
+  __shared__ __align__(16) float tile[128];
+  const int t = static_cast<int>(threadIdx.x);
+  if (t < 32) {
+    copy_async<16>(tile + (kWrong ? 2 : 4) * t, in, true);
+    commit_copies();
+    wait_for_copies<0>();
+    out[t] = tile[4 * t];
+  }
+}
+
+template <bool kWrong>
+__global__ void misaligned_source(const float* in, float* out, int) {
+  __shared__ __align__(16) float tile[64];
+  const int t = static_cast<int>(threadIdx.x);
+  if (t < 8) {
+    copy_async<8>(tile + 2 * t, in + (kWrong ? t : 2 * t), true);
+    commit_copies();
+    wait_for_copies<0>();
+    out[t] = tile[2 * t];
+  }
+}
+
+// An address that is not read has to be aligned nonetheless.
+template <bool kWrong>
+__global__ void misaligned_source_not_taken(const float* in, float* out, int) {
+  __shared__ __align__(16) float tile[256];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<16>(tile + 4 * t, in + (kWrong ? 1 : 1000), false);
+  commit_copies();
+  wait_for_copies<0>();
+  out[t] = tile[4 * t];
+}
+
+// Matrices of a warp
+
+template <bool kWrong>
+__global__ void misaligned_row(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[64];
+  const int t = static_cast<int>(threadIdx.x);
+  rows[t] = in[t];
+  __syncthreads();
+  unsigned matrices[2];
+  load_matrices(matrices, rows + (kWrong ? 3 : 4) * (t % 16));
+  out[t] = static_cast<float>(matrices[0]);
+}
+
+template <bool kWrong>
+__global__ void row_past_end(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[64];
+  const int t = static_cast<int>(threadIdx.x);
+  rows[t] = in[t];
+  __syncthreads();
+  unsigned matrices[4];
+  load_matrices(matrices, rows + 4 * (t % (kWrong ? 32 : 16)));
+  out[t] = static_cast<float>(matrices[0]);
+}
+
+template <bool kWrong>
+__global__ void row_not_shared(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[64];
+  const int t = static_cast<int>(threadIdx.x);
+  rows[t] = in[t];
+  __syncthreads();
+  unsigned matrices[2];
+  load_matrices(matrices, (kWrong ? in : rows) + 4 * (t % 16));
+  out[t] = static_cast<float>(matrices[0]);
+}
+
+template <bool kWrong>
+__global__ void unwritten_row(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[64];
+  const int t = static_cast<int>(threadIdx.x);
+  if (!kWrong || t != 22) {
+    rows[t] = in[t];
+  }
+  __syncthreads();
+  unsigned matrices[2];
+  load_matrices(matrices, rows + 4 * (t % 16));
+  out[t] = static_cast<float>(matrices[0]);
+}
+
+// Rows that another warp has filled.
+template <bool kWrong>
+__global__ void rows_without_barrier(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[64];
+  const int t = static_cast<int>(threadIdx.x);
+  rows[t] = in[t];
+  if (kWrong) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  if (t >= 32) {
+    unsigned matrices[2];
+    load_matrices(matrices, rows + 4 * (t % 16));
+    out[t] = static_cast<float>(matrices[0]);
+  }
+}
+
+// Rows that the lane itself has filled, but that others get.
+template <bool kWrong>
+__global__ void own_rows_without_syncwarp(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[128];
+  const int t = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 4; ++i) {
+    rows[4 * t + i] = in[t + i];
+  }
+  if (!kWrong) {
+    __syncwarp();
+  }
+  unsigned matrices[4];
+  load_matrices(matrices, rows + 4 * t);
+  out[t] = static_cast<float>(matrices[0]);
+}
+
+template <bool kWrong>
+__global__ void rows_overwritten_without_syncwarp(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[128];
+  const int t = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 4; ++i) {
+    rows[4 * t + i] = in[t + i];
+  }
+  __syncwarp();
+  unsigned matrices[4];
+  load_matrices(matrices, rows + 4 * t);
+  if (!kWrong) {
+    __syncwarp();
+  }
+  rows[4 * t] = 0.0f;
+  out[t] = static_cast<float>(matrices[0]);
+}
+
+// Loading rows that are still under way.
+template <bool kWrong>
+__global__ void rows_under_way(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[64];
+  const int t = static_cast<int>(threadIdx.x);
+  copy_async<4>(rows + t, in + t, true);
+  commit_copies();
+  if (!kWrong) {
+    wait_for_copies<0>();
+  }
+  __syncthreads();
+  unsigned matrices[2];
+  load_matrices(matrices, rows + 4 * (t % 16));
+  out[t] = static_cast<float>(matrices[0]);
+  wait_for_copies<0>();
+}
+
+template <bool kWrong>
+__global__ void lane_missing_in_load(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[64];
+  const int t = static_cast<int>(threadIdx.x);
+  rows[t] = in[t];
+  __syncthreads();
+  unsigned matrices[2] = {};
+  if (!kWrong || t != 37) {
+    load_matrices(matrices, rows + 4 * (t % 16));
+  }
+  out[t] = static_cast<float>(matrices[0]);
+}
+
+template <bool kWrong>
+__global__ void lane_elsewhere_in_load(const float* in, float* out, int) {
+  __shared__ __align__(16) float rows[64];
+  const int t = static_cast<int>(threadIdx.x);
+  rows[t] = in[t];
+  __syncthreads();
+  unsigned matrices[2] = {};
+  if (!kWrong || t != 37) {
+    load_matrices(matrices, rows + 4 * (t % 16));
+  }
+  __syncwarp();
+  out[t] = static_cast<float>(matrices[0]);
+}
+
+template <bool kWrong>
+__global__ void lane_missing_in_multiply(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  if (kWrong && t == 5) {
+    return;
+  }
+  float sums[4] = {};
+  const unsigned left[4] = {}, right[2] = {};
+  multiply_add<Product::kFloat16>(sums, left, right);
+  out[t] = sums[0];
+}
+
+template <bool kWrong>
+__global__ void lanes_that_do_not_exist(const float* in, float* out, int) {  // a block of 40 threads
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  if (kWrong || t < 32) {
+    float sums[4] = {};
+    const unsigned left[4] = {}, right[2] = {};
+    multiply_add<Product::kE4m3>(sums, left, right);
+    out[t] = sums[0];
+  }
+}
+
+template <bool kWrong>
+__global__ void products_of_two_kinds(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  float sums[4] = {};
+  const unsigned left[4] = {}, right[2] = {};
+  if (t < 16 && kWrong) {
+    multiply_add<Product::kBFloat16>(sums, left, right);
+  } else {
+    multiply_add<Product::kFloat16>(sums, left, right);
+  }
+  out[t] = sums[0];
+}
+
 }  // namespace
 
 #define BOTH(name, grid, block, dynamic_bytes)                                                                       \
@@ -610,6 +1053,38 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   BOTH(not_in_own_mask, 1, 64, 0);
   BOTH(waits_for_ever, 1, 32, 0);
   BOTH(trapped, 2, 32, 0);
+  BOTH(missing_wait, 1, 64, 0);
+  BOTH(missing_commit, 1, 64, 0);
+  BOTH(missing_barrier_after_wait, 1, 64, 0);
+  BOTH(too_few_groups_waited_for, 1, 64, 0);
+  BOTH(ends_before_its_copy, 1, 64, 0);
+  BOTH(stage_overwritten_too_early, 1, 64, 0);
+  BOTH(copy_over_what_others_read, 1, 64, 0);
+  BOTH(written_under_a_copy, 1, 64, 0);
+  BOTH(two_copies_to_one_place, 1, 64, 0);
+  BOTH(source_changes_on_the_way, 1, 64, 0);
+  BOTH(unwritten_source, 1, 64, 0);
+  BOTH(source_past_end, 1, 32, 0);
+  BOTH(source_not_global, 1, 64, 0);
+  BOTH(target_not_shared, 1, 64, 0);
+  BOTH(target_of_registers, 1, 64, 0);
+  BOTH(target_past_end, 1, 64, 0);
+  BOTH(misaligned_target, 1, 64, 0);
+  BOTH(misaligned_source, 1, 64, 0);
+  BOTH(misaligned_source_not_taken, 1, 64, 0);
+  BOTH(misaligned_row, 1, 64, 0);
+  BOTH(row_past_end, 1, 64, 0);
+  BOTH(row_not_shared, 1, 64, 0);
+  BOTH(unwritten_row, 1, 64, 0);
+  BOTH(rows_without_barrier, 1, 64, 0);
+  BOTH(own_rows_without_syncwarp, 1, 32, 0);
+  BOTH(rows_overwritten_without_syncwarp, 1, 32, 0);
+  BOTH(rows_under_way, 1, 64, 0);
+  BOTH(lane_missing_in_load, 1, 64, 0);
+  BOTH(lane_elsewhere_in_load, 1, 64, 0);
+  BOTH(lane_missing_in_multiply, 1, 64, 0);
+  BOTH(lanes_that_do_not_exist, 1, 40, 0);
+  BOTH(products_of_two_kinds, 1, 64, 0);
   m.def("launch_shape", [](const Buffer& in, const Buffer& out, unsigned grid, unsigned block, std::size_t bytes) {
     launch(unwritten_output<false>, grid, block, bytes, nullptr, in.as<float>(), out.as<float>(), 0);
   });
