@@ -784,6 +784,34 @@ def test_arithmetic_of_halves(semantics: ModuleType) -> None:
     assert (result == np.stack([a + b, a - b, a * b, a / b], axis=1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_arithmetic_of_pairs(semantics: ModuleType, dtype: torch.dtype) -> None:
+    some = torch.tensor([0.0, -0.0, 1.0, -1.5, 3e-6, 300.0, torch.inf, -torch.inf, torch.nan])
+    a, b = (one.reshape(-1).to(dtype) for one in torch.meshgrid(some, some, indexing="ij"))
+    a, b = (torch.cat([one, one[:1]]).reshape(-1, 2) for one in (a, b))
+    result = torch.zeros(len(a), 5, 2, dtype=dtype)
+    buffers = [simt_build.buffer(semantics, name, array) for name, array in (("a", a), ("b", b))]
+    simt_build.run(semantics.pair_arithmetic, *buffers, written(semantics, result), dtype == torch.bfloat16)
+    x, y = a.float(), b.float()
+    zeros = (x == 0) & (y == 0)
+    largest = torch.where(zeros, x + y, torch.fmax(x, y))
+    least = torch.where(zeros, -(-x - y), torch.fmin(x, y))
+    wanted = torch.stack([x + y, x - y, x * y, largest, least], dim=1).to(dtype)
+    torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
+    assert (torch.signbit(result) == torch.signbit(wanted))[~wanted.isnan()].all()
+
+
+@pytest.mark.parametrize("selector", [0x3210, 0x7654, 0x5410, 0x0246, 0x8FB0])
+def test_permuted_bytes(semantics: ModuleType, selector: int) -> None:
+    given, result = np.random.default_rng(12).integers(0, 2**32, (16, 2), np.uint32), np.zeros(16, np.uint32)
+    read = simt_build.buffer(semantics, "in", given)
+    simt_build.run(semantics.permuted_bytes, read, written(semantics, result), selector)
+    digits = np.array([selector >> 4 * i & 15 for i in range(4)])
+    chosen = given.view(np.uint8)[:, digits & 7]
+    wanted = np.where(digits & 8, np.where(chosen & 0x80, 0xFF, 0), chosen)
+    assert (result.view(np.uint8).reshape(16, 4) == wanted).all()
+
+
 def test_conversion_to_integers_saturates(semantics: ModuleType) -> None:
     given = np.array([0, 0.5, 1.5, -0.5, -2.5, 2.7, -2.7, 3e9, -3e9, 5e9, np.inf, -np.inf, np.nan], np.float32)
     result = np.zeros((given.size, 5), np.int32)

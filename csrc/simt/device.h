@@ -373,6 +373,16 @@ __forceinline__ unsigned __brev(unsigned x) {
 __forceinline__ unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
 }
+// Byte i of the result is the byte of the eight in `low` and `high` that digit i of `selector` names, or its sign.
+__forceinline__ unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned digit = selector >> 4 * i & 0xf, byte = static_cast<unsigned>(bytes >> 8 * (digit & 7)) & 0xff;
+    result |= ((digit & 8) == 0 ? byte : (byte & 0x80) != 0 ? 0xffu : 0u) << 8 * i;
+  }
+  return result;
+}
 __forceinline__ int __mulhi(int a, int b) { return static_cast<int>(static_cast<long long>(a) * b >> 32); }
 
 // Launches

@@ -127,15 +127,28 @@ inline float float_from_bfloat16(std::uint16_t bits) { return float_from(static_
     a.bits ^= 0x8000;                                                                                              \
     return a;                                                                                                      \
   }                                                                                                                \
+  inline bool __hisnan(Name x) { return float(x) != float(x); }                                                    \
   inline bool operator==(Name a, Name b) { return float(a) == float(b); }                                          \
   inline bool operator!=(Name a, Name b) { return float(a) != float(b); }                                          \
   inline bool operator<(Name a, Name b) { return float(a) < float(b); }                                            \
   inline bool operator>(Name a, Name b) { return float(a) > float(b); }                                            \
   inline bool operator<=(Name a, Name b) { return float(a) <= float(b); }                                          \
   inline bool operator>=(Name a, Name b) { return float(a) >= float(b); }                                          \
+  /* Of a number and NaN the number, of two zeros the positive one. */                                             \
+  inline Name __hmax(Name a, Name b) {                                                                             \
+    return __hisnan(b) || (a == b ? (a.bits & 0x8000) == 0 : a > b) ? a : b;                                       \
+  }                                                                                                                \
+  inline Name __hmin(Name a, Name b) {                                                                             \
+    return __hisnan(b) || (a == b ? (a.bits & 0x8000) != 0 : a < b) ? a : b;                                       \
+  }                                                                                                                \
   struct alignas(4) Pair {                                                                                         \
     Name x, y;                                                                                                     \
-  };
+  };                                                                                                               \
+  inline Pair __hadd2(Pair a, Pair b) { return {a.x + b.x, a.y + b.y}; }                                           \
+  inline Pair __hsub2(Pair a, Pair b) { return {a.x - b.x, a.y - b.y}; }                                           \
+  inline Pair __hmul2(Pair a, Pair b) { return {a.x * b.x, a.y * b.y}; }                                           \
+  inline Pair __hmax2(Pair a, Pair b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }                             \
+  inline Pair __hmin2(Pair a, Pair b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }
 
 EFFICIENTAD_FAST_SIMT_NUMBER(__half, __half2, float_from_half, half_from_float)
 EFFICIENTAD_FAST_SIMT_NUMBER(__nv_bfloat16, __nv_bfloat162, float_from_bfloat16, bfloat16_from_float)
@@ -152,6 +165,8 @@ inline __half __float2half_rn(float x) { return x; }
 inline __half __double2half(double x) { return x; }
 inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }
 inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
+inline __half2 __half2half2(__half x) { return {x, x}; }
+inline __half2 __float2half2_rn(float x) { return {x, x}; }
 inline __half __low2half(__half2 pair) { return pair.x; }
 inline __half __high2half(__half2 pair) { return pair.y; }
 inline float __low2float(__half2 pair) { return pair.x; }
@@ -162,7 +177,6 @@ inline __half __ushort_as_half(unsigned short bits) {
   x.bits = bits;
   return x;
 }
-inline bool __hisnan(__half x) { return (x.bits & 0x7fff) > 0x7c00; }
 
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
@@ -170,6 +184,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 inline __nv_bfloat16 __double2bfloat16(double x) { return x; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
+inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return {x, x}; }
+inline __nv_bfloat162 __float2bfloat162_rn(float x) { return {x, x}; }
 inline float __low2float(__nv_bfloat162 pair) { return pair.x; }
 inline float __high2float(__nv_bfloat162 pair) { return pair.y; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
@@ -178,4 +194,3 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
   x.bits = bits;
   return x;
 }
-inline bool __hisnan(__nv_bfloat16 x) { return (x.bits & 0x7fff) > 0x7f80; }

@@ -292,6 +292,21 @@ __global__ void half_arithmetic(const __half2* a, const __half2* b, __half2* out
   }
 }
 
+template <typename Pair>
+__global__ void pair_arithmetic(const Pair* a, const Pair* b, Pair* out, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    out[5 * i] = __hadd2(a[i], b[i]);
+    out[5 * i + 1] = __hsub2(a[i], b[i]);
+    out[5 * i + 2] = __hmul2(a[i], b[i]);
+    out[5 * i + 3] = __hmax2(a[i], b[i]);
+    out[5 * i + 4] = __hmin2(a[i], b[i]);
+  }
+}
+
+__global__ void permuted_bytes(const unsigned* in, unsigned* out, unsigned selector) {
+  out[threadIdx.x] = __byte_perm(in[2 * threadIdx.x], in[2 * threadIdx.x + 1], selector);
+}
+
 __global__ void to_integers(const float* in, int* out, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     int* const own = out + 5 * i;
@@ -571,6 +586,19 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   m.def("half_arithmetic", [](const Buffer& a, const Buffer& b, const Buffer& out) {
     launch(half_arithmetic, 1, 128, 0, nullptr, a.as<__half2>(), b.as<__half2>(), out.as<__half2>(),
            static_cast<int>(a.bytes() / sizeof(__half2)));
+  });
+  m.def("pair_arithmetic", [](const Buffer& a, const Buffer& b, const Buffer& out, bool bfloat16) {
+    const int count = static_cast<int>(a.bytes() / 4);
+    if (bfloat16) {
+      launch(pair_arithmetic<__nv_bfloat162>, 1, 64, 0, nullptr, a.as<__nv_bfloat162>(), b.as<__nv_bfloat162>(),
+             out.as<__nv_bfloat162>(), count);
+    } else {
+      launch(pair_arithmetic<__half2>, 1, 64, 0, nullptr, a.as<__half2>(), b.as<__half2>(), out.as<__half2>(), count);
+    }
+  });
+  m.def("permuted_bytes", [](const Buffer& in, const Buffer& out, unsigned selector) {
+    launch(permuted_bytes, 1, static_cast<unsigned>(out.bytes() / 4), 0, nullptr, in.as<unsigned>(),
+           out.as<unsigned>(), selector);
   });
   m.def("to_integers", [](const Buffer& in, const Buffer& out) {
     launch(to_integers, 1, 32, 0, nullptr, in.as<float>(), out.as<int>(),
