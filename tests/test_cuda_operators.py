@@ -90,7 +90,7 @@ MORE_AUTOENCODERS = [
         "as many channels as EfficientAD has, but where there are many pixels",
         1,
         (256, 288),
-        (56, 64),
+        (104, 104),
         torch.float16,
         (32, 32, 64, 64, 64, 64, 64, 64, 64, 16, 16, 40, 64),
     ),

@@ -1,15 +1,21 @@
 // autoencoder on a GPU: device code and launches, without framework types.
 // efficientad_fast/ops/autoencoder.py is the contract.
 //
-// A launch for each of the 13 layers. A block has a tile of 8 columns by 2 to 8 rows of one image's result, and some of
-// its outputs. All that these pixels read, a window of the image, comes to shared memory once: copied, or blended of four
-// pixels where the layer reads a resized image, so that no resized image is ever written and no pixel of it is blended
-// for each tap anew. Then the sum runs over taps and channels: every tap is the same window, read by ldmatrix from
-// another place, and only weights are still loaded, some stages ahead.
+// A launch for each of the 13 layers. A block has a tile of 8 columns by 2 to 16 rows of one image's result, and some
+// of its outputs. All that these pixels read, a window of the image, comes to shared memory once: copied, or blended of
+// four pixels where the layer reads a resized image, so that no resized image is ever written and no pixel of it is
+// blended for each tap anew. Then the sum runs over taps and channels: every tap is the same window, read by ldmatrix
+// from another place, and only weights are still loaded, two or three stages ahead.
 //
 // For one image a layer waits more than it computes. So blocks are many, with small tiles where there are few pixels,
-// and the sum of a small tile is divided into slices, each in other warps, which are added in the end, in the same order
-// every time. enconv6, whose result of 256 x 256 pixels is one pixel, has a block for each number that it writes.
+// and the sum of a small tile is divided into slices, each in other warps, which are added in the end, in the same
+// order every time. enconv6, whose result of 256 x 256 pixels is one pixel, has a block for each number that it writes.
+//
+// Why layers do not share a launch, though images between enconv5 and deconv2 fit in shared memory: one block loads 100
+// to 150 GB/s from L2, the 131 KB of weights of such a layer in about 1 us and the 524 KB of enconv6 in 4, where 16 to
+// 64 blocks take a tenth of that; the next launch of a graph begins about 1 us after the last. The products of deconv2,
+// 81 pixels, take one multiprocessor 3 us. What is left is deconv1, 16 pixels, computed anew by each block of deconv2:
+// half a microsecond less with one image, and with 32 images 50 MB of weights more. (Reckoned, not measured.)
 //
 // What has other channels than vectors of 8 is copied number by number, and float32 takes a plain way: both are right
 // and slow.
@@ -41,7 +47,7 @@ inline constexpr int kSpace = 8;
 inline constexpr int kPieceLength = kPiece + kSpace;
 
 // The most that a launch asks for; convolve_shared_bytes counts.
-inline constexpr std::size_t kAutoencoderSharedBytes = 84 * 1024;
+inline constexpr std::size_t kAutoencoderSharedBytes = 96 * 1024;
 
 // Divides by the same number again and again. Exact while dividend * number is below 2^32.
 struct Divisor {
@@ -82,7 +88,8 @@ struct AutoencoderLayer {
   int row_length;  // of a weight: kernel * kernel * channels
   int depth;       // kernel * kernel * tap_depth, of a chunk of channels
   int pitch;       // from pixel to pixel in the window
-  Divisor window_columns, pixel_vectors, tile_columns;
+  Divisor by_kernel, by_window_columns, by_tap_steps, by_tap_vectors;
+  int window_columns, tile_columns;
 };
 
 template <typename Element>
@@ -102,11 +109,11 @@ struct TileShape {
   static constexpr int kSumLength = kOutputs + 8;
   static constexpr std::size_t kSumBytes = sizeof(float) * kSlices * kPixels * kSumLength;
   static constexpr std::size_t kWeightBytes = 2 * kStages * kStageNumbers;
-  static constexpr std::size_t kWorkBytes = kWeightBytes > kSumBytes ? kWeightBytes : kSumBytes;
   static_assert(kPixelTiles * 16 * kPixelWarps == kPixels && kOutputTiles * 16 * kOutputWarps == kOutputs);
 };
 
 inline constexpr std::size_t kPlaceBytes = sizeof(int) * kMostSteps;
+inline constexpr std::size_t kHeadBytes = kPlaceBytes + sizeof(float) * 64;  // places and biases
 
 __host__ __device__ constexpr std::size_t window_bytes(int rows, int kernel, int stride, int pitch) {
   const int window_rows = (rows - 1) * stride + kernel, window_columns = (kTileColumns - 1) * stride + kernel;
@@ -115,19 +122,20 @@ __host__ __device__ constexpr std::size_t window_bytes(int rows, int kernel, int
 
 template <typename Shape>
 constexpr std::size_t convolve_shared_bytes(int kernel, int stride, int pitch) {
-  return kPlaceBytes + window_bytes(Shape::kRows, kernel, stride, pitch) + Shape::kWorkBytes;
+  const std::size_t window = window_bytes(Shape::kRows, kernel, stride, pitch);
+  return kHeadBytes + std::max(window + Shape::kWeightBytes, Shape::kSumBytes);
 }
 
 // For many pixels, and from there to few.
+using WideTile = TileShape<16, 64, 2, 2, 2, 3>;
 using LargeTile = TileShape<8, 64, 2, 2, 1, 3>;
 using NarrowTile = TileShape<8, 32, 4, 1, 1, 4>;
 using SlicedTile = TileShape<4, 32, 2, 1, 4, 3>;
 using SmallTile = TileShape<2, 16, 1, 1, 8, 3>;
 
 template <typename Shape>
-inline constexpr bool kFitsShared =
-    std::max(convolve_shared_bytes<Shape>(4, 2, kChunk + kSpace), convolve_shared_bytes<Shape>(8, 1, kChunk + kSpace)) <=
-    kAutoencoderSharedBytes;
+inline constexpr bool kFitsShared = convolve_shared_bytes<Shape>(4, 2, kChunk + kSpace) <= kAutoencoderSharedBytes &&
+                                    convolve_shared_bytes<Shape>(8, 1, kChunk + kSpace) <= kAutoencoderSharedBytes;
 static_assert(kFitsShared<LargeTile> && kFitsShared<NarrowTile> && kFitsShared<SlicedTile> && kFitsShared<SmallTile>);
 
 // Of a resized row or column: the one before in what was resized, that after, and how near to the latter it is.
@@ -145,13 +153,14 @@ struct ResizedPlace {
 
 // Four pixels, and what each of them counts.
 struct Corners {
-  int64_t upper_left, upper_right, lower_left, lower_right;
+  int upper_left, upper_right, lower_left, lower_right;  // what is resized has less than 2^31 numbers an image
   float weights[4];
 
   __device__ __forceinline__ Corners(const AutoencoderLayer& p, int y, int x) {
     const ResizedPlace row(y, p.scale_y, p.height), column(x, p.scale_x, p.width);
-    const int64_t above = row.before * p.row_stride, below = row.after * p.row_stride;
-    const int64_t before = column.before * p.pixel_stride, after = column.after * p.pixel_stride;
+    const int row_stride = static_cast<int>(p.row_stride), pixel_stride = static_cast<int>(p.pixel_stride);
+    const int above = row.before * row_stride, below = row.after * row_stride;
+    const int before = column.before * pixel_stride, after = column.after * pixel_stride;
     upper_left = above + before, upper_right = above + after;
     lower_left = below + before, lower_right = below + after;
     weights[0] = (1 - row.along) * (1 - column.along), weights[1] = (1 - row.along) * column.along;
@@ -179,114 +188,155 @@ __device__ __forceinline__ float number_read(const AutoencoderLayer& p, const El
                  to_number<float>(image[corners.lower_right + channel]));
 }
 
+// Four pixels' vectors, and what they are blended to.
 template <typename Element>
-__device__ __forceinline__ Vector<Element> blended_vector(const Corners& corners, const Element* image) {
-  const auto vector_at = [image](int64_t place) { return *reinterpret_cast<const Vector<Element>*>(image + place); };
-  const Vector<Element> upper_left = vector_at(corners.upper_left), upper_right = vector_at(corners.upper_right);
-  const Vector<Element> lower_left = vector_at(corners.lower_left), lower_right = vector_at(corners.lower_right);
-  Vector<Element> result;
-#pragma unroll
-  for (int i = 0; i < kEight; ++i) {
-    result.element[i] = to_element<Element>(
-        blended(corners, to_number<float>(upper_left.element[i]), to_number<float>(upper_right.element[i]),
-                to_number<float>(lower_left.element[i]), to_number<float>(lower_right.element[i])));
+struct CornerVectors {
+  Vector<Element> upper_left, upper_right, lower_left, lower_right;
+
+  __device__ __forceinline__ void load(const Corners& corners, const Element* image) {
+    const auto vector_at = [image](int place) { return *reinterpret_cast<const Vector<Element>*>(image + place); };
+    upper_left = vector_at(corners.upper_left), upper_right = vector_at(corners.upper_right);
+    lower_left = vector_at(corners.lower_left), lower_right = vector_at(corners.lower_right);
   }
-  return result;
-}
+
+  __device__ __forceinline__ Vector<Element> blend(const Corners& corners, bool taken) const {
+    Vector<Element> result;
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      const float number =
+          blended(corners, to_number<float>(upper_left.element[i]), to_number<float>(upper_right.element[i]),
+                  to_number<float>(lower_left.element[i]), to_number<float>(lower_right.element[i]));
+      result.element[i] = to_element<Element>(taken ? number : 0.0f);
+    }
+    return result;
+  }
+};
 
 // Where a column of the window lies in its row: with stride 2 the odd ones after the even ones, for those that a tap
 // reads for pixels beside each other are to lie beside each other.
 __device__ __forceinline__ int window_place(const AutoencoderLayer& p, int column) {
-  const int columns = static_cast<int>(p.window_columns.number);
-  return p.stride == 1 || p.flat ? column : column / 2 + (column % 2) * ((columns + 1) / 2);
+  return p.stride == 1 || p.flat ? column : column / 2 + (column % 2) * ((p.window_columns + 1) / 2);
 }
 
-// The window whose first pixel is (y, x) of what the convolution reads; zeros outside. Copies are neither committed
-// nor waited for.
-template <typename Element, int kRows, int kThreads>
+// A vector of the window: the pixel in what the convolution reads, its channel, and its place.
+struct WindowVector {
+  int y, x, channel, place;
+  bool inside;  // what is read has this pixel
+
+  __device__ __forceinline__ WindowVector(const AutoencoderLayer& p, int index, int first_y, int first_x,
+                                          int first_channel) {
+    const int pixel = divided(index, p.by_tap_vectors);
+    const int row = divided(pixel, p.by_window_columns), column = pixel - row * p.window_columns;
+    const int size = p.flat ? kFlat : kEight;
+    const int offset = index * size - pixel * p.tap_depth;
+    y = first_y + row, x = first_x + column, channel = first_channel + offset;
+    place = (row * p.window_columns + window_place(p, column)) * p.pitch + offset;
+    inside = y >= 0 && y < p.read_height && x >= 0 && x < p.read_width;
+  }
+};
+
+// Fills the window whose first pixel is (y, x) of what the convolution reads; zeros outside. Copies are neither
+// committed nor waited for.
+template <typename Element, typename Shape>
 __device__ __forceinline__ void fill_window(const AutoencoderLayer& p, const Element* image, int y, int x,
                                             int first_channel, Element* window) {
-  const int columns = static_cast<int>(p.window_columns.number);
-  const int pixels = ((kRows - 1) * p.stride + p.kernel) * columns;
-  const auto is_inside = [&p](int row, int column) {
-    return row >= 0 && row < p.read_height && column >= 0 && column < p.read_width;
-  };
-  if (p.flat) {
-    for (int pixel = threadIdx.x; pixel < pixels; pixel += kThreads) {
-      const int row = divided(pixel, p.window_columns);
-      const int place_y = y + row, place_x = x + pixel - row * columns;
-      const bool inside = is_inside(place_y, place_x);
-      const Element* const from = inside ? image + place_y * p.row_stride + place_x * p.pixel_stride : image;
-      if (p.vectors_read) {
-        copy_async<kFlat * sizeof(Element)>(window + pixel * kFlat, from, inside);
+  constexpr int kThreads = Shape::kThreads;
+  const int window_rows = (Shape::kRows - 1) * p.stride + p.kernel;
+  const int count = window_rows * p.window_columns * static_cast<int>(p.by_tap_vectors.number);
+  if (!p.vectors_read) {
+    const int size = p.flat ? kFlat : kEight;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const WindowVector vector(p, i, y, x, first_channel);
+#pragma unroll 1
+      for (int j = 0; j < size; ++j) {
+        const int channel = vector.channel + j;
+        const bool taken = vector.inside && channel < p.channels;
+        window[vector.place + j] =
+            to_element<Element>(taken ? number_read(p, image, vector.y, vector.x, channel) : 0.0f);
+      }
+    }
+  } else if (!p.resized) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const WindowVector vector(p, i, y, x, first_channel);
+      const bool taken = vector.inside && vector.channel < p.channels;
+      const Element* const from = image + vector.y * p.row_stride + vector.x * p.pixel_stride + vector.channel;
+      if (p.flat) {
+        copy_async<kFlat * sizeof(Element)>(window + vector.place, taken ? from : image, taken);
       } else {
-        for (int channel = 0; channel < kFlat; ++channel) {
-          const bool taken = inside && channel < p.channels;
-          window[pixel * kFlat + channel] = taken ? from[channel] : to_element<Element>(0.0f);
+        copy_async<kEight * sizeof(Element)>(window + vector.place, taken ? from : image, taken);
+      }
+    }
+  } else {
+    // So that loads do not wait for each other, where sums leave registers for it.
+    constexpr int kAtOnce = Shape::kPixelTiles > 2 ? 1 : 2;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+      CornerVectors<Element> vectors[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const WindowVector vector(p, first + j * kThreads, y, x, first_channel);
+        // Of what is outside the corners are pixels too, of which nothing is taken.
+        vectors[j].load(Corners(p, vector.y, vector.x), image + (vector.channel < p.channels ? vector.channel : 0));
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = first + j * kThreads;
+        const WindowVector vector(p, i, y, x, first_channel);
+        const bool taken = vector.inside && vector.channel < p.channels;
+        if (i < count) {
+          *reinterpret_cast<Vector<Element>*>(window + vector.place) =
+              vectors[j].blend(Corners(p, vector.y, vector.x), taken);
         }
       }
     }
-    return;
-  }
-  const int vectors = static_cast<int>(p.pixel_vectors.number);
-  const int count = pixels * vectors;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int pixel = divided(i, p.pixel_vectors);
-    const int row = divided(pixel, p.window_columns), column = pixel - row * columns;
-    const int offset = (i - pixel * vectors) * kEight, channel = first_channel + offset;
-    const int place_y = y + row, place_x = x + column;
-    const bool inside = is_inside(place_y, place_x);
-    Element* const to = window + (row * columns + window_place(p, column)) * p.pitch + offset;
-    if (p.vectors_read) {
-      const bool taken = inside && channel < p.channels;
-      if (!p.resized) {
-        const Element* const from = image + place_y * p.row_stride + place_x * p.pixel_stride + channel;
-        copy_async<16>(to, taken ? from : image, taken);
-      } else if (taken) {
-        *reinterpret_cast<Vector<Element>*>(to) = blended_vector(Corners(p, place_y, place_x), image + channel);
-      } else {
-        *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
-      }
-    } else {
-      for (int j = 0; j < kEight; ++j) {
-        const bool taken = inside && channel + j < p.channels;
-        to[j] = to_element<Element>(taken ? number_read(p, image, place_y, place_x, channel + j) : 0.0f);
-      }
-    }
   }
 }
 
-// The weights of one stage: (slices, outputs, kPieceLength); zeros beyond the depth and the outputs.
+// What a thread loads of each stage's weights, which lie as (slices, outputs, kPieceLength): zeros beyond the depth and
+// the outputs. Threads beside each other load what lies beside each other, of all slices.
 template <typename Element, typename Shape>
-__device__ __forceinline__ void load_weights(const AutoencoderLayer& p, int first_output, int first_channel, int stage,
-                                             Element* to) {
-  constexpr int kVectors = kPiece / kEight;
-  constexpr int kCount = Shape::kSlices * Shape::kOutputs * kVectors;
-  const Element* const weights = static_cast<const Element*>(p.weights);
-#pragma unroll
-  for (int first = 0; first < kCount; first += Shape::kThreads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    if (kCount % Shape::kThreads != 0 && i >= kCount) {
-      break;
-    }
-    const int piece = i % kVectors * kEight, slice = i / kVectors % Shape::kSlices;
-    const int output = i / (kVectors * Shape::kSlices);
-    const int depth = (stage * Shape::kSlices + slice) * kPiece + piece;
-    Element* const place = to + (slice * Shape::kOutputs + output) * kPieceLength + piece;
-    const bool taken = first_output + output < p.outputs && depth < p.depth;
-    const Element* const row = weights + static_cast<int64_t>(first_output + output) * p.row_length;
+struct WeightLoads {
+  static constexpr int kVectors = kPiece / kEight * Shape::kSlices;  // of an output
+  static constexpr int kOutputsAtOnce = Shape::kThreads / kVectors;
+  static constexpr int kStageDepth = Shape::kSlices * kPiece;
+  static_assert(Shape::kOutputs % kOutputsAtOnce == 0);
+
+  const Element* first_row;
+  int output, depth, place;
+
+  __device__ __forceinline__ WeightLoads(const AutoencoderLayer& p, int first_output) {
+    const int vector = threadIdx.x % kVectors, slice = vector / (kPiece / kEight), row = threadIdx.x / kVectors;
+    output = first_output + row, depth = vector * kEight;
+    place = (slice * Shape::kOutputs + row) * kPieceLength + depth - slice * kPiece;
+    first_row = static_cast<const Element*>(p.weights) + static_cast<int64_t>(output) * p.row_length;
+  }
+
+  __device__ __forceinline__ void load(const AutoencoderLayer& p, int first_channel, int stage, Element* to) const {
+    const int stage_depth = depth + stage * kStageDepth;
     if (p.vectors_weights) {
-      copy_async<16>(place, taken ? row + depth : weights, taken);
-    } else {
+#pragma unroll
+      for (int more = 0; more < Shape::kOutputs; more += kOutputsAtOnce) {
+        copy_async<16>(to + place + more * kPieceLength, first_row + stage_depth + more * p.row_length,
+                       stage_depth < p.depth && output + more < p.outputs);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int more = 0; more < Shape::kOutputs; more += kOutputsAtOnce) {
+      const bool is_row = stage_depth < p.depth && output + more < p.outputs;
+#pragma unroll 1
       for (int j = 0; j < kEight; ++j) {
-        const int tap = (depth + j) / p.tap_depth, channel = first_channel + (depth + j) % p.tap_depth;
-        const bool is_weight = taken && channel < p.channels;
-        place[j] = is_weight ? row[tap * p.channels + channel] : to_element<Element>(0.0f);
+        const int tap = (stage_depth + j) / p.tap_depth, tap_channel = (stage_depth + j) % p.tap_depth;
+        const int channel = first_channel + tap_channel;
+        const bool is_weight = is_row && channel < p.channels;
+        to[place + more * kPieceLength + j] =
+            is_weight ? first_row[more * p.row_length + tap * p.channels + channel] : to_element<Element>(0.0f);
       }
     }
   }
-}
+};
 
 // Eight numbers of the result, of which `count` are there.
 template <typename Element>
@@ -337,16 +387,17 @@ __device__ __forceinline__ float rectified(const AutoencoderLayer& p, float numb
 
 // A block for each tile of pixels, tile of outputs and image.
 template <typename Element, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) convolve(const AutoencoderLayer p) {
+__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads) convolve(const AutoencoderLayer p) {
   EFFICIENTAD_FAST_DYNAMIC_SHARED(unsigned char, shared);
   int* const places = reinterpret_cast<int*>(shared);
-  Element* const window = reinterpret_cast<Element*>(shared + kPlaceBytes);
-  unsigned char* const work = shared + kPlaceBytes + window_bytes(Shape::kRows, p.kernel, p.stride, p.pitch);
-  Element* const weights = reinterpret_cast<Element*>(work);
+  float* const biases = reinterpret_cast<float*>(shared + kPlaceBytes);
+  Element* const window = reinterpret_cast<Element*>(shared + kHeadBytes);
+  Element* const weights =
+      reinterpret_cast<Element*>(shared + kHeadBytes + window_bytes(Shape::kRows, p.kernel, p.stride, p.pitch));
 
-  const int tile_row = static_cast<int>(blockIdx.x / p.tile_columns.number);
+  const int tile_row = static_cast<int>(blockIdx.x) / p.tile_columns;
   const int first_y = tile_row * Shape::kRows;
-  const int first_x = static_cast<int>(blockIdx.x - tile_row * p.tile_columns.number) * kTileColumns;
+  const int first_x = (static_cast<int>(blockIdx.x) - tile_row * p.tile_columns) * kTileColumns;
   const int first_output = blockIdx.y * Shape::kOutputs;
   const int64_t image_index = blockIdx.z;
   const Element* const image = static_cast<const Element*>(p.read) + image_index * p.image_stride;
@@ -355,19 +406,40 @@ __global__ void __launch_bounds__(Shape::kThreads) convolve(const AutoencoderLay
   const int slice = warp / Shape::kWarpsOfSlice, warp_of_slice = warp % Shape::kWarpsOfSlice;
   const int first_pixel = warp_of_slice / Shape::kWarpsOfOutputs * Shape::kPixelTiles * 16;
   const int warp_output = warp_of_slice % Shape::kWarpsOfOutputs * Shape::kOutputTiles * 16;
+  const int steps = p.depth / kStep;
+  constexpr int kPieceSteps = kPiece / kStep;
+  const int stages = (steps + Shape::kSlices * kPieceSteps - 1) / (Shape::kSlices * kPieceSteps);
+
+  const WeightLoads<Element, Shape> weight_loads(p, first_output);
+  const auto load_stage = [&](int first_channel, int stage) {
+    if (stage < stages) {
+      weight_loads.load(p, first_channel, stage, weights + stage % Shape::kStages * Shape::kStageNumbers);
+    }
+    commit_copies();
+  };
+  const auto fill = [&](int first_channel) {
+    fill_window<Element, Shape>(p, image, first_y * p.stride - p.padding, first_x * p.stride - p.padding, first_channel,
+                                window);
+  };
+  if (threadIdx.x < Shape::kOutputs) {
+    const int output = first_output + threadIdx.x;
+    const bool taken = output < p.outputs;
+    copy_async<4>(biases + threadIdx.x, p.bias + (taken ? output : 0), taken);
+  }
 
   // Where in the window each step of the sum begins, for the tile's first pixel.
-  const int row_pitch = static_cast<int>(p.window_columns.number) * p.pitch;
-  const int steps = p.depth / kStep;
-  for (int step = threadIdx.x; step < steps; step += Shape::kThreads) {
-    if (p.flat) {
-      places[step] = step * row_pitch;
-    } else {
-      const int tap = step * kStep / p.tap_depth, tap_row = tap / p.kernel;
-      const int column = window_place(p, tap - tap_row * p.kernel);
-      places[step] = tap_row * row_pitch + column * p.pitch + step * kStep % p.tap_depth;
+  const int row_pitch = p.window_columns * p.pitch;
+  const auto find_places = [&] {
+    for (int step = threadIdx.x; step < steps; step += Shape::kThreads) {
+      if (p.flat) {
+        places[step] = step * row_pitch;
+      } else {
+        const int tap = divided(step, p.by_tap_steps), tap_row = divided(tap, p.by_kernel);
+        const int column = window_place(p, tap - tap_row * p.kernel);
+        places[step] = tap_row * row_pitch + column * p.pitch + step * kStep - tap * p.tap_depth;
+      }
     }
-  }
+  };
   // From there, where each of the warp's pixels is read.
   const Element* rows[Shape::kPixelTiles];
 #pragma unroll
@@ -381,19 +453,25 @@ __global__ void __launch_bounds__(Shape::kThreads) convolve(const AutoencoderLay
       (slice * Shape::kOutputs + warp_output + lane / 16 * 8 + lane % 8) * kPieceLength + lane / 8 % 2 * kEight;
 
   float sums[Shape::kPixelTiles][2 * Shape::kOutputTiles][4] = {};
-  constexpr int kStageSteps = Shape::kSlices * kPiece / kStep;
-  const int stages = (steps + kStageSteps - 1) / kStageSteps;
-  const auto load_stage = [&](int first_channel, int stage) {
-    if (stage < stages) {
-      load_weights<Element, Shape>(p, first_output, first_channel, stage,
-                                   weights + stage % Shape::kStages * Shape::kStageNumbers);
+  const auto multiply = [&](int place, const Element* right_rows) {
+    unsigned left[Shape::kPixelTiles][4];
+#pragma unroll
+    for (int tile = 0; tile < Shape::kPixelTiles; ++tile) {
+      load_matrices(left[tile], rows[tile] + place);
     }
-    commit_copies();
+#pragma unroll
+    for (int pair = 0; pair < Shape::kOutputTiles; ++pair) {
+      unsigned right[4];
+      load_matrices(right, right_rows + pair * 16 * kPieceLength);
+      const unsigned lower[2] = {right[0], right[1]}, upper[2] = {right[2], right[3]};
+#pragma unroll
+      for (int tile = 0; tile < Shape::kPixelTiles; ++tile) {
+        multiply_add<kProductOf<Element>>(sums[tile][2 * pair], left[tile], lower);
+        multiply_add<kProductOf<Element>>(sums[tile][2 * pair + 1], left[tile], upper);
+      }
+    }
   };
-  const auto fill = [&](int first_channel) {
-    fill_window<Element, Shape::kRows, Shape::kThreads>(p, image, first_y * p.stride - p.padding,
-                                                        first_x * p.stride - p.padding, first_channel, window);
-  };
+#pragma unroll 1
   for (int first_channel = 0; first_channel < p.channels; first_channel += kChunk) {
     if (first_channel > 0) {
       __syncthreads();
@@ -401,46 +479,43 @@ __global__ void __launch_bounds__(Shape::kThreads) convolve(const AutoencoderLay
     if (!p.resized) {
       fill(first_channel);
     }
+#pragma unroll 1
     for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
       load_stage(first_channel, stage);
     }
-    if (p.resized) {  // while weights are on their way
+    // While weights are on their way.
+    if (first_channel == 0) {
+      find_places();
+    }
+    if (p.resized) {
       fill(first_channel);
     }
+#pragma unroll 1
     for (int stage = 0; stage < stages; ++stage) {
       wait_for_copies<Shape::kStages - 2>();
       __syncthreads();
       load_stage(first_channel, stage + Shape::kStages - 1);
       const Element* const right_rows = weights + stage % Shape::kStages * Shape::kStageNumbers + weight_place;
-#pragma unroll
-      for (int j = 0; j < kPiece / kStep; ++j) {
-        const int step = (stage * Shape::kSlices + slice) * (kPiece / kStep) + j;
-        if (step < steps) {
-          const int place = places[step];
-          unsigned left[Shape::kPixelTiles][4];
-#pragma unroll
-          for (int tile = 0; tile < Shape::kPixelTiles; ++tile) {
-            load_matrices(left[tile], rows[tile] + place);
-          }
-#pragma unroll
-          for (int pair = 0; pair < Shape::kOutputTiles; ++pair) {
-            unsigned right[4];
-            load_matrices(right, right_rows + pair * 16 * kPieceLength + j * kStep);
-            const unsigned lower[2] = {right[0], right[1]}, upper[2] = {right[2], right[3]};
-#pragma unroll
-            for (int tile = 0; tile < Shape::kPixelTiles; ++tile) {
-              multiply_add<kProductOf<Element>>(sums[tile][2 * pair], left[tile], lower);
-              multiply_add<kProductOf<Element>>(sums[tile][2 * pair + 1], left[tile], upper);
-            }
-          }
+      const int first_step = (stage * Shape::kSlices + slice) * kPieceSteps;
+      if (first_step + kPieceSteps <= steps) {
+        static_assert(kPieceSteps == 4);
+        const int4 four = *reinterpret_cast<const int4*>(places + first_step);
+        multiply(four.x, right_rows);
+        multiply(four.y, right_rows + kStep);
+        multiply(four.z, right_rows + 2 * kStep);
+        multiply(four.w, right_rows + 3 * kStep);
+      } else {
+#pragma unroll 1
+        for (int step = first_step; step < steps; ++step) {
+          multiply(places[step], right_rows + (step - first_step) * kStep);
         }
       }
     }
   }
 
-  // All sums meet where weights were.
+  // All sums meet where the window and weights were.
   __syncthreads();
-  float* const all = reinterpret_cast<float*>(work);
+  float* const all = reinterpret_cast<float*>(window);
 #pragma unroll
   for (int tile = 0; tile < Shape::kPixelTiles; ++tile) {
 #pragma unroll
@@ -455,6 +530,7 @@ __global__ void __launch_bounds__(Shape::kThreads) convolve(const AutoencoderLay
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < Shape::kPixels * Shape::kOutputs / kEight; i += Shape::kThreads) {
     const int pixel = i / (Shape::kOutputs / kEight), output = i % (Shape::kOutputs / kEight) * kEight;
     const int y = first_y + pixel / kTileColumns, x = first_x + pixel % kTileColumns;
@@ -463,17 +539,19 @@ __global__ void __launch_bounds__(Shape::kThreads) convolve(const AutoencoderLay
       continue;
     }
     float numbers[kEight] = {};
-#pragma unroll
-    for (int part = 0; part < Shape::kSlices; ++part) {
-      const float* const row = all + (part * Shape::kPixels + pixel) * Shape::kSumLength + output;
+    const auto add = [&numbers](const float* row) {
       const float4 first = *reinterpret_cast<const float4*>(row), last = *reinterpret_cast<const float4*>(row + 4);
       numbers[0] += first.x, numbers[1] += first.y, numbers[2] += first.z, numbers[3] += first.w;
       numbers[4] += last.x, numbers[5] += last.y, numbers[6] += last.z, numbers[7] += last.w;
+    };
+#pragma unroll
+    for (int part = 0; part < Shape::kSlices; ++part) {
+      add(all + (part * Shape::kPixels + pixel) * Shape::kSumLength + output);
     }
+    add(biases + output);
 #pragma unroll
     for (int j = 0; j < kEight; ++j) {
-      const float bias = j < count ? p.bias[first_output + output + j] : 0.0f;
-      numbers[j] = rectified(p, numbers[j] + bias);
+      numbers[j] = rectified(p, numbers[j]);
     }
     const int64_t place = ((image_index * p.out_height + y) * p.out_width + x) * p.outputs + first_output + output;
     store_eight<Element>(p, numbers, place, count);
@@ -482,7 +560,7 @@ __global__ void __launch_bounds__(Shape::kThreads) convolve(const AutoencoderLay
 
 inline constexpr int kNumberThreads = 128;
 
-// A block for each number of the result: for sums of many products of few pixels, neither resized nor padded, in vectors.
+// A block for each number of the result: for sums of many products, of few pixels, neither resized nor padded.
 template <typename Element>
 __global__ void __launch_bounds__(kNumberThreads) sum_for_number(const AutoencoderLayer p) {
   __shared__ float parts[kNumberThreads / 32];
@@ -494,7 +572,7 @@ __global__ void __launch_bounds__(kNumberThreads) sum_for_number(const Autoencod
   float sum = 0;
 #pragma unroll 4
   for (int depth = threadIdx.x * kEight; depth < p.row_length; depth += kNumberThreads * kEight) {
-    const int tap = depth / p.channels, row = tap / p.kernel;
+    const int tap = divided(depth / kEight, p.by_tap_vectors), row = divided(tap, p.by_kernel);
     const int64_t place = row * p.row_stride + (tap - row * p.kernel) * p.pixel_stride + (depth - tap * p.channels);
     const Vector<Element> left = *reinterpret_cast<const Vector<Element>*>(image + place);
     const Vector<Element> right = *reinterpret_cast<const Vector<Element>*>(weights + depth);
@@ -544,18 +622,8 @@ __global__ void __launch_bounds__(kPlainThreads) convolve_plain(const Autoencode
         continue;
       }
       float tap_sum = 0;  // sums of sums: an order of magnitude nearer than one of thousands
-      if (p.resized) {
-        const Corners corners(p, place_y, place_x);
-        for (int channel = 0; channel < p.channels; ++channel) {
-          const float number = blended(corners, image[corners.upper_left + channel], image[corners.upper_right + channel],
-                                       image[corners.lower_left + channel], image[corners.lower_right + channel]);
-          tap_sum = __fmaf_rn(number, weights[channel], tap_sum);
-        }
-      } else {
-        const float* const read = image + place_y * p.row_stride + place_x * p.pixel_stride;
-        for (int channel = 0; channel < p.channels; ++channel) {
-          tap_sum = __fmaf_rn(read[channel], weights[channel], tap_sum);
-        }
+      for (int channel = 0; channel < p.channels; ++channel) {
+        tap_sum = __fmaf_rn(number_read(p, image, place_y, place_x, channel), weights[channel], tap_sum);
       }
       sum += tap_sum;
     }
@@ -583,7 +651,7 @@ int64_t tile_count(const AutoencoderLayer& p) {
 
 template <typename Element, typename Shape>
 void launch_convolve(const AutoencoderLayer& p, cudaStream_t stream) {
-  const int64_t tiles = tiles_of(p.out_height, Shape::kRows) * p.tile_columns.number;
+  const int64_t tiles = tiles_of(p.out_height, Shape::kRows) * p.tile_columns;
   const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(tiles_of(p.outputs, Shape::kOutputs)),
                     static_cast<unsigned>(p.images));
   launch(convolve<Element, Shape>, blocks, dim3(Shape::kThreads),
@@ -591,7 +659,7 @@ void launch_convolve(const AutoencoderLayer& p, cudaStream_t stream) {
 }
 
 // From so many blocks on a tile is not too large: multiprocessors of a GPU, and somewhat more.
-inline constexpr int64_t kEnoughBlocks = 160, kEnoughSliced = 80;
+inline constexpr int64_t kEnoughWide = 120, kEnoughBlocks = 160, kEnoughSliced = 80;
 // Blocks of sum_for_number load all weights for every pixel.
 inline constexpr int64_t kMostPixelsByNumber = 4;
 
@@ -602,6 +670,9 @@ void launch_products(const AutoencoderLayer& p, cudaStream_t stream) {
       pixels <= kMostPixelsByNumber) {
     const dim3 blocks(static_cast<unsigned>(pixels * p.outputs), 1, static_cast<unsigned>(p.images));
     launch(sum_for_number<Element>, blocks, dim3(kNumberThreads), 0, stream, p);
+  } else if (p.outputs > NarrowTile::kOutputs && tile_count<WideTile>(p) >= kEnoughWide &&
+             convolve_shared_bytes<WideTile>(p.kernel, p.stride, p.pitch) <= kAutoencoderSharedBytes) {
+    launch_convolve<Element, WideTile>(p, stream);
   } else if (p.outputs > NarrowTile::kOutputs && tile_count<LargeTile>(p) >= kEnoughBlocks) {
     launch_convolve<Element, LargeTile>(p, stream);
   } else if (tile_count<NarrowTile>(p) >= kEnoughBlocks) {
@@ -634,9 +705,10 @@ inline void launch_layer(AutoencoderLayer p, Dtype dtype, cudaStream_t stream) {
   p.vectors_read = p.channels % vector == 0 && strides_fit(vector) && is_multiple(p.read, vector * bytes);
   p.vectors_weights = p.tap_depth == p.channels && p.row_length % kEight == 0 && is_aligned(p.weights);
   p.vectors_out = p.outputs % kEight == 0 && is_multiple(p.out, p.narrow ? 8 : 16);
-  p.window_columns = Divisor((kTileColumns - 1) * p.stride + p.kernel);
-  p.pixel_vectors = Divisor(p.tap_depth / (p.flat ? kFlat : kEight));
-  p.tile_columns = Divisor(tiles_of(p.out_width, kTileColumns));
+  p.window_columns = (kTileColumns - 1) * p.stride + p.kernel;
+  p.tile_columns = static_cast<int>(tiles_of(p.out_width, kTileColumns));
+  p.by_kernel = Divisor(p.kernel), p.by_window_columns = Divisor(p.window_columns);
+  p.by_tap_steps = Divisor(std::max(p.tap_depth / kStep, 1)), p.by_tap_vectors = Divisor(p.tap_depth / vector);
   dtype == Dtype::kFloat16 ? launch_products<__half>(p, stream) : launch_products<__nv_bfloat16>(p, stream);
 }
 
