@@ -1,10 +1,12 @@
-// hard_feature_loss: what every compiled library checks before it computes.
+// hard_feature_loss: what every compiled library checks before it computes, and where the gradient lies.
 // efficientad_fast/ops/hard_feature_loss.py is the contract.
 
 #pragma once
 
 #include "checks.h"
 #include "quantile.h"
+
+#include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -62,6 +64,25 @@ inline void check_gradient(const Tensor& teacher, const Tensor& student, const T
   check_number(teacher, "threshold", threshold, ScalarType::Float);
   check_number(teacher, "grad_loss", grad_loss, ScalarType::Float);
   check_number(teacher, "count", count, ScalarType::Long);
+}
+
+// The gradient is channels-last then.
+inline bool has_channels_innermost(const Tensor& student) {
+  return student.stride(1) == 1;
+}
+
+// (N, C, h, w) as (N, h, w, C), in the same memory.
+inline Tensor channels_moved_last(const Tensor& features) {
+  return torch::stable::transpose(torch::stable::transpose(features, 1, 2), 2, 3);
+}
+
+inline Tensor new_gradient(const Tensor& student) {
+  const int64_t images = student.size(0), channels = student.size(1), height = student.size(2), width = student.size(3);
+  if (!has_channels_innermost(student)) {
+    return torch::stable::new_empty(student, {images, channels, height, width});
+  }
+  const Tensor dense = torch::stable::new_empty(student, {images, height, width, channels});
+  return torch::stable::transpose(torch::stable::transpose(dense, 1, 3), 2, 3);
 }
 
 }  // namespace efficientad_fast::hard_feature_loss

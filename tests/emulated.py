@@ -12,9 +12,11 @@ from torch import Tensor
 
 from efficientad_fast.ops import anomaly_map as anomaly_map_operator
 from efficientad_fast.ops import autoencoder as autoencoder_operator
+from efficientad_fast.ops import hard_feature_loss as loss_operator
 from efficientad_fast.ops import packing
 from efficientad_fast.ops import preprocess as preprocess_operator
 from efficientad_fast.ops import quantile as quantile_operator
+from efficientad_fast.reference.losses import HARD_FRACTION
 from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -58,6 +60,45 @@ def anomaly_map_drop_in(
     quantiles = [None if one is None else _array(one) for one in (st_quantiles, ae_quantiles)]
     _kernels().drop_in(list(map(_array, maps)), quantiles, list(map(_array, [*normalised, combined])))
     return combined, normalised[0], normalised[1]
+
+
+def hard_feature_loss(
+    teacher: Tensor, student: Tensor, fraction: float = HARD_FRACTION
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = loss_operator.fake(teacher, student, fraction)
+    workspace = torch.empty(loss_operator.WORKSPACE, dtype=torch.int64)
+    hard_feature_loss_out(
+        teacher,
+        student,
+        fraction,
+        **dict(zip(("loss", "threshold", "count"), results, strict=True)),
+        workspace=workspace,
+    )
+    return results
+
+
+def hard_feature_loss_out(
+    teacher: Tensor,
+    student: Tensor,
+    fraction: float = HARD_FRACTION,
+    *,
+    loss: Tensor,
+    threshold: Tensor,
+    count: Tensor,
+    workspace: Tensor,
+) -> None:
+    loss_operator.fake_out(teacher, student, fraction, loss=loss, threshold=threshold, count=count, workspace=workspace)
+    features, results = in_rows(teacher, student), (loss, threshold, count, workspace)
+    _kernels().hard_feature_loss(*map(_array, features), fraction, *map(_array, results))
+
+
+def hard_feature_loss_gradient(
+    teacher: Tensor, student: Tensor, threshold: Tensor, count: Tensor, grad_loss: Tensor
+) -> Tensor:
+    gradient = loss_operator.fake_gradient(teacher, student, threshold, count, grad_loss)
+    features = in_rows(teacher, student)
+    _kernels().loss_gradient(*map(_array, (*features, threshold, count, grad_loss, gradient)))
+    return gradient
 
 
 def preprocess(
@@ -126,6 +167,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "anomaly_map": anomaly_map,
     "anomaly_map.out": anomaly_map_out,
     "anomaly_map.drop_in": anomaly_map_drop_in,
+    "hard_feature_loss": hard_feature_loss,
+    "hard_feature_loss.out": hard_feature_loss_out,
+    "hard_feature_loss.gradient": hard_feature_loss_gradient,
     "preprocess": preprocess,
     "preprocess.out": preprocess_out,
     "autoencoder.mixed": autoencoder_mixed,
@@ -134,6 +178,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "quantile.count": quantile_count,
 }
 """By the overload's name, as a schema has it."""
+
+
+def in_rows(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """In the order of the gradient's memory, and copied as far as they have no rows in common."""
+    if loss_operator.has_channels_innermost(student):
+        teacher, student = teacher.permute(0, 2, 3, 1), student.permute(0, 2, 3, 1)
+    copied = teacher.contiguous(), student.contiguous()
+    tried = [(teacher, student), (copied[0], student), (teacher, copied[1]), copied]
+    return next(both for both in tried if _kernels().have_rows(*map(_array, both)))
 
 
 @contextlib.contextmanager

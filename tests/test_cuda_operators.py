@@ -12,14 +12,16 @@ import torch
 from assertions import assert_close
 from cases import anomaly_map as anomaly_map_cases
 from cases import autoencoder as autoencoder_cases
+from cases import hard_feature_loss as loss_cases
 from cases import preprocess as preprocess_cases
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from operator_cases import Case, cases, cases_module, numbers
+from operator_cases import Arguments, Case, cases, cases_module, numbers
 from tolerances import EXACT, tolerance
 from torch import Tensor
 
 from efficientad_fast.ops import anomaly_map as anomaly_map_operator
+from efficientad_fast.ops import hard_feature_loss as loss_operator
 from efficientad_fast.ops import quantile as quantile_operator
 from efficientad_fast.reference.preprocess import preprocess as preprocess_reference
 from efficientad_fast.reference.quantile import quantile as by_sorting
@@ -83,6 +85,31 @@ MORE_IMAGES += [
     for name, change in [("planes first", preprocess_cases.planes_first), ("window", preprocess_cases.window)]
 ]
 
+# A block takes 512 vectors, of 4 numbers where both are float32, else of 8; more where there would be over 1024 blocks.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MORE_FEATURES = [
+    make(f"{shape}, {', '.join(map(str, dtypes))}".replace("torch.", ""), shape, layouts=layouts, dtypes=dtypes)
+    for dtypes in [(first, second) for first in FLOATS for second in FLOATS]
+    for shape, layouts in [
+        ((2, 16, 5, 7), loss_cases.AS_TRAINED),
+        ((1, 12, 9, 7), loss_cases.AS_TRAINED),
+        ((1, 1, 41, 61), loss_cases.PLAIN),
+        ((3, 8, 2, 3), (loss_cases.slice_of_channels, loss_cases.contiguous)),
+    ]
+    for make in (loss_cases.case, loss_cases.gradient_case)
+]
+MORE_FEATURES += [
+    make(f"{numbers_of_all} numbers, {dtypes[0]}", (1, 1, 1, numbers_of_all), dtypes=dtypes)
+    for dtypes, block in ((loss_cases.SINGLE, 2048), (loss_cases.HALF, 4096))
+    for numbers_of_all in (block - 1, block, block + 1, block // 2 + 1, 3 * block + 5)
+    for make in (loss_cases.case, loss_cases.gradient_case)
+]
+MORE_FEATURES += [
+    make(f"{shape}, more than 1024 blocks", shape, layouts=layouts)
+    for shape, layouts in [((1, 5, 600, 601), loss_cases.AS_TRAINED), ((1, 7, 601, 503), loss_cases.PLAIN)]
+    for make in (loss_cases.case, loss_cases.gradient_case)
+]
+
 
 # Vectors and numbers one by one; windows of more channels than there is room for; every tile.
 MORE_AUTOENCODERS = [
@@ -117,7 +144,7 @@ def every(found: list[Case]) -> pytest.MarkDecorator:
 CASES = [case for operator in OPERATORS for case in cases(operator) if case.overload in emulated.FUNCTIONS]
 
 
-@every([*CASES, *MORE_MAPS, *MORE_IMAGES, *MORE_AUTOENCODERS])
+@every([*CASES, *MORE_MAPS, *MORE_IMAGES, *MORE_AUTOENCODERS, *MORE_FEATURES])
 def test_results(case: Case) -> None:
     case.check(case.run(emulated.FUNCTIONS[case.overload]))
 
@@ -317,3 +344,78 @@ def test_autoencoder_in_another_order_of_blocks_and_threads(order: int) -> None:
     with emulated.shuffled(order):
         (actual,) = case.run(emulated.autoencoder_mixed)
     assert_close(actual, expected, EXACT)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("dtypes", [loss_cases.SINGLE, loss_cases.STUDENT_IN_HALF])
+def test_losses_have_the_same_bits_in_another_order(dtypes: tuple[torch.dtype, torch.dtype], order: int) -> None:
+    """Whichever block comes last adds the others' sums."""
+    features = loss_cases.features((1, 24, 31, 33), loss_cases.AS_TRAINED, dtypes, loss_cases.unchanged)
+    for fraction in (0.0, 0.9, 0.999):
+        expected = emulated.hard_feature_loss(*features, fraction)
+        with emulated.shuffled(order):
+            actual = emulated.hard_feature_loss(*features, fraction)
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other, EXACT)
+
+
+@pytest.mark.parametrize("dtypes", [loss_cases.SINGLE, loss_cases.HALF, loss_cases.STUDENT_IN_HALF])
+@pytest.mark.parametrize("first", [(0, 1), (1, 0), (2, 3), (8, 4)])
+def test_losses_of_features_at_any_alignment(first: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    shape = (1, 3, 8, 100)
+    both = loss_cases.features(shape, loss_cases.PLAIN, dtypes, loss_cases.unchanged)
+    moved = [
+        torch.cat([one.new_zeros(at), one.flatten()])[at:].view(shape) for at, one in zip(first, both, strict=True)
+    ]
+    expected = emulated.hard_feature_loss(*both, 0.9)
+    for one, other in zip(emulated.hard_feature_loss(*moved, 0.9), expected, strict=True):
+        assert_close(one, other, EXACT)
+    selection = (*expected[1:], expected[0])
+    actual = emulated.hard_feature_loss_gradient(*moved, *selection)
+    assert_close(actual, emulated.hard_feature_loss_gradient(*both, *selection), EXACT)
+
+
+@pytest.mark.parametrize("along", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("lower", [1.0, 1.42, 3.0])
+def test_thresholds_between_squares_that_are_near_each_other(lower: float, along: float) -> None:
+    """Rounded, a threshold may be one of the two squares that it lies between, and then all that equal it reach it."""
+
+    def make() -> Arguments:
+        student = torch.tensor([0.0, lower, lower, lower, 0.0, lower, 8.0, 9.0])
+        student[4] = torch.nextafter(student[1], torch.tensor(math.inf))
+        return (torch.zeros(1, 2, 2, 2), student.view(1, 2, 2, 2), (4 + along) / 7), {}
+
+    case = Case("near squares", "hard_feature_loss", make)
+    case.check(case.run(emulated.hard_feature_loss))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 5, 7), (3, 6, 5, 7), (3, 1, 5, 7), (3, 6, 1, 1), (1, 1, 1, 1), (2, 6, 1, 7)])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        loss_cases.PLAIN,
+        loss_cases.AS_TRAINED,
+        (loss_cases.channels_last, loss_cases.channels_last),
+        (loss_cases.contiguous, loss_cases.slice_of_channels),
+        (loss_cases.slice_of_channels, loss_cases.slice_of_channels),
+        (loss_cases.slice_channels_last, loss_cases.channels_last),
+    ],
+)
+def test_features_of_the_contracts_layouts_are_read_in_place(
+    shape: loss_cases.Shape, layouts: tuple[loss_cases.Layout, loss_cases.Layout]
+) -> None:
+    both = loss_cases.features(shape, layouts, loss_cases.SINGLE, loss_cases.unchanged)
+    for one, taken in zip(both, emulated.in_rows(*both), strict=True):
+        assert taken.data_ptr() == one.data_ptr()
+
+
+def test_a_workspace_for_losses_serves_any_features() -> None:
+    workspace = torch.full((loss_operator.WORKSPACE,), -1, dtype=torch.int64)
+    names = ("loss", "threshold", "count")
+    for shape in [(1, 16, 20, 30), (1, 1, 1, 3)]:
+        both = loss_cases.features(shape, loss_cases.PLAIN, loss_cases.SINGLE, loss_cases.unchanged)
+        results = loss_operator.fake(*both)
+        given = dict(zip(names, results, strict=True))
+        emulated.hard_feature_loss_out(*both, 0.5, **given, workspace=workspace)
+        for one, other in zip(results, emulated.hard_feature_loss(*both, 0.5), strict=True):
+            assert_close(one, other, EXACT)

@@ -37,16 +37,12 @@ int64_t blocks_of(int64_t numbers) {
   return (numbers - 1) / kBlock + 1;
 }
 
-bool has_channels_innermost(const Tensor& student) {
-  return student.stride(1) == 1;
-}
-
 // Both tensors in the order in which the gradient lies in memory, in runs in which neither has an index to be computed.
 class Pairs {
  public:
   Pairs(const Tensor& teacher, const Tensor& student)
       : numbers_(teacher.numel()), sides_{Side(teacher), Side(student)} {
-    const auto order = has_channels_innermost(student) ? std::array{0, 2, 3, 1} : std::array{0, 1, 2, 3};
+    const auto order = hard_feature_loss::has_channels_innermost(student) ? std::array{0, 2, 3, 1} : std::array{0, 1, 2, 3};
     sizes_.fill(1);
     int axis = kAxes;  // the outermost so far of the merged ones, which are filled from the innermost
     for (int given = kAxes - 1; given >= 0; --given) {
@@ -174,10 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> hard_feature_loss_default(const Tensor& teach
 Tensor hard_feature_loss_gradient(const Tensor& teacher, const Tensor& student, const Tensor& threshold,
                                   const Tensor& count, const Tensor& grad_loss) {
   hard_feature_loss::check_gradient(teacher, student, threshold, count, grad_loss, /*cuda=*/false);
-  const int64_t images = student.size(0), channels = student.size(1), height = student.size(2), width = student.size(3);
-  const bool channels_last = has_channels_innermost(student);
-  Tensor dense = channels_last ? torch::stable::new_empty(student, {images, height, width, channels})
-                               : torch::stable::new_empty(student, {images, channels, height, width});
+  Tensor gradient = hard_feature_loss::new_gradient(student);
   const Pairs pairs(teacher, student);
   const float reached = *static_cast<const float*>(threshold.const_data_ptr());
   const float factor = *static_cast<const float*>(grad_loss.const_data_ptr()) /
@@ -190,10 +183,10 @@ Tensor hard_feature_loss_gradient(const Tensor& teacher, const Tensor& student, 
       pairs.for_each_run(first, block, [&](const float* of_teacher, const float* of_student, int64_t at, int64_t run) {
         EFFICIENTAD_FAST_DISPATCH(gradient_of_squares, of_teacher, of_student, run, reached, factor, room + at);
       });
-      store_as(room, dense.mutable_data_ptr(), dense.scalar_type(), first, block);
+      store_as(room, gradient.mutable_data_ptr(), gradient.scalar_type(), first, block);
     }
   });
-  return channels_last ? torch::stable::transpose(torch::stable::transpose(dense, 1, 3), 2, 3) : dense;
+  return gradient;
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-static_assert(sizeof(cuda::Selection) == quantile::kWorkspace * sizeof(int64_t));
+static_assert(sizeof(cuda::QuantileSelection) == quantile::kWorkspace * sizeof(int64_t));
 
 void quantile_out(const Tensor& values, std::vector<double> fractions, Tensor out, Tensor workspace) {
   quantile::check(values, fractions, /*cuda=*/true);
@@ -33,7 +33,7 @@ void quantile_out(const Tensor& values, std::vector<double> fractions, Tensor ou
   call.values = static_cast<const float*>(dense.const_data_ptr());
   call.count = dense.numel();
   call.out = static_cast<float*>(out.mutable_data_ptr());
-  call.selection = static_cast<cuda::Selection*>(workspace.mutable_data_ptr());
+  call.selection = static_cast<cuda::QuantileSelection*>(workspace.mutable_data_ptr());
   cuda::launch_quantile(call, fractions.data(), static_cast<int64_t>(fractions.size()), cuda::current_stream(values));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

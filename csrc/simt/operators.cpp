@@ -2,6 +2,7 @@
 
 #include "cuda/anomaly_map_kernel.h"
 #include "cuda/autoencoder_kernel.h"
+#include "cuda/hard_feature_loss_kernel.h"
 #include "cuda/preprocess_kernel.h"
 #include "cuda/quantile_kernel.h"
 #include "simt/bindings.h"
@@ -9,6 +10,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -184,7 +186,7 @@ void quantile(const Array& values, const std::vector<double>& fractions, const A
   const Buffer selection = whole_numbers("workspace", workspace, /*initialised=*/false);
   cuda::Quantile call{};
   call.values = from.as<float>(), call.count = static_cast<std::int64_t>(values.bytes() / sizeof(float));
-  call.out = to.as<float>(), call.selection = selection.as<cuda::Selection>();
+  call.out = to.as<float>(), call.selection = selection.as<cuda::QuantileSelection>();
   cuda::launch_quantile(call, fractions.data(), static_cast<std::int64_t>(fractions.size()), nullptr);
   take(to);
 }
@@ -226,6 +228,59 @@ void autoencoder(const Array& image, const std::vector<Array>& weights, const st
   take(to);
 }
 
+// Whether both have rows in common, in the order of their axes: what is not is copied before.
+bool find_rows(const Array& teacher, const Array& student, cuda::Features* features) {
+  std::int64_t sizes[cuda::kFeatureAxes], teacher_strides[cuda::kFeatureAxes], student_strides[cuda::kFeatureAxes];
+  std::copy_n(teacher.sizes.begin(), cuda::kFeatureAxes, sizes);
+  std::copy_n(teacher.strides.begin(), cuda::kFeatureAxes, teacher_strides);
+  std::copy_n(student.strides.begin(), cuda::kFeatureAxes, student_strides);
+  return cuda::find_rows(sizes, teacher_strides, student_strides, features);
+}
+
+bool have_rows(const Array& teacher, const Array& student) {
+  cuda::Features features{};
+  return find_rows(teacher, student, &features);
+}
+
+// `teacher` and `student` have rows in common.
+cuda::Features features_of(const Array& teacher, const Buffer& from_teacher, const Array& student,
+                           const Buffer& from_student) {
+  cuda::Features features{};
+  find_rows(teacher, student, &features);
+  features.teacher = from_teacher.as<void>(), features.teacher_dtype = teacher.device_dtype();
+  features.student = from_student.as<void>(), features.student_dtype = student.device_dtype();
+  return features;
+}
+
+void hard_feature_loss(const Array& teacher, const Array& student, double fraction, const Array& loss,
+                       const Array& threshold, const Array& count, const Array& workspace) {
+  const Buffer from_teacher = source("teacher", teacher), from_student = source("student", student);
+  const Buffer to_loss = result("loss", loss), to_threshold = result("threshold", threshold);
+  const Buffer to_count = whole_numbers("count", count, /*initialised=*/false);
+  const Buffer room = whole_numbers("workspace", workspace, /*initialised=*/false);
+  cuda::HardFeatureLoss call{};
+  call.features = features_of(teacher, from_teacher, student, from_student);
+  call.fraction = fraction;
+  call.loss = to_loss.as<float>(), call.threshold = to_threshold.as<float>();
+  call.count = to_count.as<std::int64_t>(), call.workspace = room.as<cuda::LossWorkspace>();
+  cuda::launch_hard_feature_loss(call, nullptr);
+  take(to_loss), take(to_threshold), take(to_count);
+}
+
+void loss_gradient(const Array& teacher, const Array& student, const Array& threshold, const Array& count,
+                   const Array& grad_loss, const Array& gradient) {
+  const Buffer from_teacher = source("teacher", teacher), from_student = source("student", student);
+  const Buffer from_threshold = source("threshold", threshold), from_grad = source("grad_loss", grad_loss);
+  const Buffer from_count = whole_numbers("count", count, /*initialised=*/true);
+  const Buffer to = result("gradient", gradient);
+  cuda::LossGradient call{};
+  call.features = features_of(teacher, from_teacher, student, from_student);
+  call.threshold = from_threshold.as<float>(), call.grad_loss = from_grad.as<float>();
+  call.count = from_count.as<std::int64_t>(), call.gradient = to.as<void>();
+  cuda::launch_loss_gradient(call, nullptr);
+  take(to);
+}
+
 }  // namespace
 
 }  // namespace efficientad_fast::simt
@@ -241,6 +296,9 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   m.def("anomaly_map", &simt::anomaly_map);
   m.def("autoencoder", &simt::autoencoder);
   m.def("drop_in", &simt::drop_in);
+  m.def("hard_feature_loss", &simt::hard_feature_loss);
+  m.def("have_rows", &simt::have_rows);
+  m.def("loss_gradient", &simt::loss_gradient);
   m.def("preprocess", &simt::preprocess);
   m.def("quantile", &simt::quantile);
   m.def("quantile_count", &simt::quantile_count);
