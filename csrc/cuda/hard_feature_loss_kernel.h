@@ -127,7 +127,7 @@ __device__ __forceinline__ void for_each_chunk(const Features& p, const Walk& wa
   }
 }
 
-// The sum over the block's threads, of warps in their order; for thread 0.
+// The sum over the block's threads, of warps in their order. Between two calls there must be a barrier.
 __device__ __forceinline__ double block_sum(double mine) {
   __shared__ double of_warp[kLossWarps];
 #pragma unroll
@@ -143,7 +143,6 @@ __device__ __forceinline__ double block_sum(double mine) {
   for (int warp = 0; warp < kLossWarps; ++warp) {
     sum += of_warp[warp];
   }
-  __syncthreads();  // who comes next writes there
   return sum;
 }
 
