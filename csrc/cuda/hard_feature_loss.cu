@@ -37,7 +37,7 @@ class Pairs {
         take(given_teacher, contiguous(given_student)) || take(contiguous(given_teacher), contiguous(given_student));
   }
 
-  cuda::Features features{};
+  cuda::FeaturePair features{};
 
  private:
   bool take(const Tensor& teacher, const Tensor& student) {
@@ -46,7 +46,7 @@ class Pairs {
       sizes[axis] = teacher.size(axis);
       teacher_strides[axis] = teacher.stride(axis), student_strides[axis] = student.stride(axis);
     }
-    if (!cuda::find_rows(sizes, teacher_strides, student_strides, &features)) {
+    if (!cuda::find_common_rows(sizes, teacher_strides, student_strides, &features)) {
       return false;
     }
     teacher_ = teacher, student_ = student;

@@ -26,7 +26,7 @@ inline constexpr int kLossSlots = 2;
 inline constexpr int kFeatureAxes = 4;
 
 // Both tensors as rows of numbers that are next to each other.
-struct Features {
+struct FeaturePair {
   const void *teacher, *student;
   Dtype teacher_dtype, student_dtype;
   int64_t rows, columns, teacher_stride, student_stride;  // in elements, from row to row
@@ -39,7 +39,7 @@ struct LossWorkspace {
 };
 
 struct HardFeatureLoss {
-  Features features;
+  FeaturePair features;
   double fraction;
   float *loss, *threshold;
   int64_t* count;
@@ -47,7 +47,7 @@ struct HardFeatureLoss {
 };
 
 struct LossGradient {
-  Features features;
+  FeaturePair features;
   const float *threshold, *grad_loss;
   const int64_t* count;
   void* gradient;  // contiguous, in the order of the features and with the student's dtype
@@ -55,10 +55,10 @@ struct LossGradient {
 
 // What a thread takes at once of a row: whole vectors of both.
 template <typename Teacher, typename Student>
-inline constexpr int kChunk = std::max(Vector<Teacher>::kCount, Vector<Student>::kCount);
+inline constexpr int kFeatureChunk = std::max(Vector<Teacher>::kCount, Vector<Student>::kCount);
 
 // How a launch goes through features: from one of a thread's chunks to its next, and whether whole ones are vectors.
-struct Walk {
+struct FeatureWalk {
   int64_t row_chunks;
   int64_t row_step, chunk_step;
   bool wide;
@@ -66,7 +66,7 @@ struct Walk {
 
 // kCount elements, the last of which may be beyond a row.
 template <typename Element, int kCount>
-struct Chunk {
+struct FeatureChunk {
   using Elements = Vector<Element>;
   Elements vectors[kCount / Elements::kCount];
 
@@ -89,11 +89,11 @@ struct Chunk {
   }
 };
 
-// Calls body(differences, taken, at) for every chunk, spread over the threads of all blocks: student - teacher of as many
-// numbers as are taken, the first of which is number `at` of all.
+// Calls body(differences, taken, at) for every chunk, spread over the threads of all blocks: student - teacher of as
+// many numbers as are taken, the first of which is number `at` of all.
 template <typename Teacher, typename Student, typename Body>
-__device__ __forceinline__ void for_each_chunk(const Features& p, const Walk& walk, const Body& body) {
-  constexpr int kCount = kChunk<Teacher, Student>;
+__device__ __forceinline__ void for_each_difference(const FeaturePair& p, const FeatureWalk& walk, const Body& body) {
+  constexpr int kCount = kFeatureChunk<Teacher, Student>;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kLossThreads + threadIdx.x;
   int64_t row = first / walk.row_chunks, chunk = first % walk.row_chunks;
   while (row < p.rows) {
@@ -101,8 +101,8 @@ __device__ __forceinline__ void for_each_chunk(const Features& p, const Walk& wa
     const Teacher* const of_teacher = static_cast<const Teacher*>(p.teacher) + row * p.teacher_stride + column;
     const Student* const of_student = static_cast<const Student*>(p.student) + row * p.student_stride + column;
     const int taken = static_cast<int>(min(p.columns - column, static_cast<int64_t>(kCount)));
-    Chunk<Teacher, kCount> teacher;
-    Chunk<Student, kCount> student;
+    FeatureChunk<Teacher, kCount> teacher;
+    FeatureChunk<Student, kCount> student;
     if (walk.wide && taken == kCount) {
       teacher.load(of_teacher);
       student.load(of_student);
@@ -128,7 +128,7 @@ __device__ __forceinline__ void for_each_chunk(const Features& p, const Walk& wa
 }
 
 // The sum over the block's threads, of warps in their order. Between two calls there must be a barrier.
-__device__ __forceinline__ double block_sum(double mine) {
+__device__ __forceinline__ double loss_block_sum(double mine) {
   __shared__ double of_warp[kLossWarps];
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ double block_sum(double mine) {
 }
 
 // Whether all other blocks were here: what they wrote before is there then. Every thread of the block comes here.
-__device__ __forceinline__ bool is_last_block(unsigned long long* arrived) {
+__device__ __forceinline__ bool is_last_loss_block(unsigned long long* arrived) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
@@ -192,7 +192,7 @@ __device__ __forceinline__ void finish_loss(const HardFeatureLoss& p, const unsi
   for (int block = threadIdx.x; block < gridDim.x; block += kLossThreads) {
     mine += workspace.sums[block];
   }
-  double sum = block_sum(mine);
+  double sum = loss_block_sum(mine);
   if (threadIdx.x != 0) {
     return;
   }
@@ -219,7 +219,8 @@ __device__ __forceinline__ void finish_loss(const HardFeatureLoss& p, const unsi
 }
 
 template <int kDigit, typename Teacher, typename Student>
-__global__ void __launch_bounds__(kLossThreads) count_digits_of_squares(const HardFeatureLoss p, const Walk walk) {
+__global__ void __launch_bounds__(kLossThreads) count_digits_of_squares(const HardFeatureLoss p,
+                                                                          const FeatureWalk walk) {
   constexpr bool kLast = kDigit == kDigits - 1;
   using Counts = DigitCounts<kDigit, kLossThreads, kLossSlots>;
   __shared__ unsigned shared[Counts::kNumbers];
@@ -227,9 +228,9 @@ __global__ void __launch_bounds__(kLossThreads) count_digits_of_squares(const Ha
   LossWorkspace& workspace = *p.workspace;
   const Counts counts(workspace.selection, shared);
   double sum = 0;
-  for_each_chunk<Teacher, Student>(p.features, walk, [&](const auto& differences, int taken, int64_t) {
+  for_each_difference<Teacher, Student>(p.features, walk, [&](const auto& differences, int taken, int64_t) {
 #pragma unroll
-    for (int i = 0; i < kChunk<Teacher, Student>; ++i) {
+    for (int i = 0; i < kFeatureChunk<Teacher, Student>; ++i) {
       const float squared = differences[i] * differences[i];
       const unsigned key = key_of(squared);
       if (i < taken) {
@@ -244,12 +245,12 @@ __global__ void __launch_bounds__(kLossThreads) count_digits_of_squares(const Ha
   });
   counts.add_to(workspace.selection);
   if constexpr (kLast) {
-    sum = block_sum(sum);
+    sum = loss_block_sum(sum);
     if (threadIdx.x == 0) {
       workspace.sums[blockIdx.x] = sum;
     }
   }
-  if (!is_last_block(&workspace.arrived[kDigit])) {
+  if (!is_last_loss_block(&workspace.arrived[kDigit])) {
     return;
   }
   select_digit<kDigit, kLossThreads>(workspace.selection, keys);
@@ -260,13 +261,13 @@ __global__ void __launch_bounds__(kLossThreads) count_digits_of_squares(const Ha
 }
 
 template <typename Teacher, typename Student>
-__global__ void __launch_bounds__(kLossThreads) gradient_of_squares(const LossGradient p, const Walk walk) {
-  constexpr int kCount = kChunk<Teacher, Student>;
+__global__ void __launch_bounds__(kLossThreads) gradient_of_squares(const LossGradient p, const FeatureWalk walk) {
+  constexpr int kCount = kFeatureChunk<Teacher, Student>;
   const float threshold = *p.threshold;
   const float factor = *p.grad_loss / static_cast<float>(*p.count);  // none is selected where that is no number
   Student* const gradient = static_cast<Student*>(p.gradient);
-  for_each_chunk<Teacher, Student>(p.features, walk, [&](const auto& differences, int taken, int64_t at) {
-    Chunk<Student, kCount> result;
+  for_each_difference<Teacher, Student>(p.features, walk, [&](const auto& differences, int taken, int64_t at) {
+    FeatureChunk<Student, kCount> result;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       // A difference that is not finite makes NaN of zero, as the contract says.
@@ -288,8 +289,8 @@ __global__ void __launch_bounds__(kLossThreads) gradient_of_squares(const LossGr
 
 // Whether features of the given sizes and strides have rows in common, which are put into `features` then. Axes of both
 // that go on in each other are one.
-inline bool find_rows(const int64_t (&sizes)[kFeatureAxes], const int64_t (&teacher_strides)[kFeatureAxes],
-                      const int64_t (&student_strides)[kFeatureAxes], Features* features) {
+inline bool find_common_rows(const int64_t (&sizes)[kFeatureAxes], const int64_t (&teacher_strides)[kFeatureAxes],
+                      const int64_t (&student_strides)[kFeatureAxes], FeaturePair* features) {
   struct Axis {
     int64_t size, teacher_stride, student_stride;
   };
@@ -322,7 +323,7 @@ inline bool find_rows(const int64_t (&sizes)[kFeatureAxes], const int64_t (&teac
 
 // Calls start(teacher, student, blocks, walk) with values of both elements' types.
 template <typename Start>
-void with_features(const Features& features, int64_t chunks_of_thread, const Start& start) {
+void with_feature_pair(const FeaturePair& features, int64_t chunks_of_thread, const Start& start) {
   const auto with_dtype = [](Dtype dtype, const auto& body) {
     switch (dtype) {
       case Dtype::kFloat16: return body(__half{});
@@ -334,11 +335,12 @@ void with_features(const Features& features, int64_t chunks_of_thread, const Sta
     with_dtype(features.student_dtype, [&](auto student) {
       using Teacher = decltype(teacher);
       using Student = decltype(student);
-      Walk walk{};
-      walk.row_chunks = (features.columns - 1) / kChunk<Teacher, Student> + 1;
+      FeatureWalk walk{};
+      walk.row_chunks = (features.columns - 1) / kFeatureChunk<Teacher, Student> + 1;
       const int64_t chunks = features.rows * walk.row_chunks, of_block = kLossThreads * chunks_of_thread;
       const int64_t blocks = std::min((chunks - 1) / of_block + 1, kLossMaxBlocks);
-      walk.row_step = blocks * kLossThreads / walk.row_chunks, walk.chunk_step = blocks * kLossThreads % walk.row_chunks;
+      const int64_t step = blocks * kLossThreads;
+      walk.row_step = step / walk.row_chunks, walk.chunk_step = step % walk.row_chunks;
       const bool rows_aligned = features.teacher_stride % Vector<Teacher>::kCount == 0 &&
                                 features.student_stride % Vector<Student>::kCount == 0;
       walk.wide = is_aligned(features.teacher) && is_aligned(features.student) && (features.rows == 1 || rows_aligned);
@@ -351,7 +353,7 @@ inline void launch_hard_feature_loss(const HardFeatureLoss& call, cudaStream_t s
   const dim3 threads(kLossThreads);
   const dim3 reset_blocks(kDigits * kLossSlots * kBins / (4 * kLossThreads));
   launch(reset_loss, reset_blocks, threads, 0, stream, call);
-  with_features(call.features, kLossChunks, [&](auto teacher, auto student, dim3 blocks, const Walk& walk) {
+  with_feature_pair(call.features, kLossChunks, [&](auto teacher, auto student, dim3 blocks, const FeatureWalk& walk) {
     using Teacher = decltype(teacher);
     using Student = decltype(student);
     launch(count_digits_of_squares<0, Teacher, Student>, blocks, threads, 0, stream, call, walk);
@@ -361,7 +363,7 @@ inline void launch_hard_feature_loss(const HardFeatureLoss& call, cudaStream_t s
 }
 
 inline void launch_loss_gradient(const LossGradient& call, cudaStream_t stream) {
-  with_features(call.features, 1, [&](auto teacher, auto student, dim3 blocks, Walk walk) {
+  with_feature_pair(call.features, 1, [&](auto teacher, auto student, dim3 blocks, FeatureWalk walk) {
     using Teacher = decltype(teacher);
     using Student = decltype(student);
     const bool rows_aligned = call.features.columns % Vector<Student>::kCount == 0;

@@ -150,8 +150,8 @@ class DigitCounts {
   bool counting_[kSlots];
 };
 
-// A block of kThreads finds every slot's next digit, once all are counted. Behind a barrier then, `keys` of the block has
-// what is known.
+// A block of kThreads finds every slot's next digit, once all are counted. `keys` of the block has what is known then,
+// behind a barrier.
 template <int kDigit, int kThreads, int kSlots>
 __device__ __forceinline__ void select_digit(Selection<kSlots>& selection, unsigned (&keys)[kSlots]) {
   constexpr int kSlotThreads = kThreads / kSlots;

@@ -229,23 +229,23 @@ void autoencoder(const Array& image, const std::vector<Array>& weights, const st
 }
 
 // Whether both have rows in common, in the order of their axes: what is not is copied before.
-bool find_rows(const Array& teacher, const Array& student, cuda::Features* features) {
+bool find_rows(const Array& teacher, const Array& student, cuda::FeaturePair* features) {
   std::int64_t sizes[cuda::kFeatureAxes], teacher_strides[cuda::kFeatureAxes], student_strides[cuda::kFeatureAxes];
   std::copy_n(teacher.sizes.begin(), cuda::kFeatureAxes, sizes);
   std::copy_n(teacher.strides.begin(), cuda::kFeatureAxes, teacher_strides);
   std::copy_n(student.strides.begin(), cuda::kFeatureAxes, student_strides);
-  return cuda::find_rows(sizes, teacher_strides, student_strides, features);
+  return cuda::find_common_rows(sizes, teacher_strides, student_strides, features);
 }
 
 bool have_rows(const Array& teacher, const Array& student) {
-  cuda::Features features{};
+  cuda::FeaturePair features{};
   return find_rows(teacher, student, &features);
 }
 
 // `teacher` and `student` have rows in common.
-cuda::Features features_of(const Array& teacher, const Buffer& from_teacher, const Array& student,
+cuda::FeaturePair features_of(const Array& teacher, const Buffer& from_teacher, const Array& student,
                            const Buffer& from_student) {
-  cuda::Features features{};
+  cuda::FeaturePair features{};
   find_rows(teacher, student, &features);
   features.teacher = from_teacher.as<void>(), features.teacher_dtype = teacher.device_dtype();
   features.student = from_student.as<void>(), features.student_dtype = student.device_dtype();
