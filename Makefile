@@ -7,6 +7,8 @@
 #              a network; WHEEL=FILE takes libraries built elsewhere. Without a GPU it runs what can be run
 # make gpu-peers  predictions on this machine's GPU beside PyTorch and torch.compile, which takes minutes to compile;
 #              goes on where it was stopped
+# make gpu-sanitize  the operators' tests on this machine's GPU under compute-sanitizer's memcheck, racecheck, initcheck and
+#              synccheck, 15 minutes each at most; after gpu-check, which builds what is tested. OPTIONS='-k quantile' chooses
 # make sanitize  build the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer (GCC) beside the normal one,
 #              and run the operators' tests with it
 # make clean   remove what was built (the environment stays, and is completed by the next make)
@@ -41,7 +43,7 @@ SETTINGS := $(VENV)/.settings
 BUILD_INPUTS := setup.py build_backend.py pyproject.toml efficientad_fast/ops/schemas.inc \
                 $(shell find csrc -type f)
 
-.PHONY: help demo test lint bench kernel-report gpu-check gpu-peers sanitize clean FORCE
+.PHONY: help demo test lint bench kernel-report gpu-check gpu-peers gpu-sanitize sanitize clean FORCE
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -75,6 +77,9 @@ gpu-check:
 
 gpu-peers:
 	@$(FIND_PYTHON); set -x; $$python -m benchmarks.gpu_peers
+
+gpu-sanitize:
+	@$(FIND_PYTHON); set -x; $$python -m benchmarks.gpu_sanitize $(OPTIONS)
 
 # What is preloaded must come before all that allocates or throws. Leaks are not looked for: Python and PyTorch keep
 # memory until the end by design. pytest must not hold back what a process says that ends here.
