@@ -106,6 +106,8 @@ struct TileShape {
   static constexpr int kPixelTiles = kPixels / (16 * kPixelWarps);    // of a warp
   static constexpr int kOutputTiles = kOutputs / (16 * kOutputWarps);  // of a warp, 16 outputs each
   static constexpr int kStageNumbers = kSlices * kOutputs * kPieceLength;
+  // Many sums leave no registers for filling a second window.
+  static constexpr bool kOneWindow = kPixelTiles > 2;
   static constexpr int kSumLength = kOutputs + 8;
   static constexpr std::size_t kSumBytes = sizeof(float) * kSlices * kPixels * kSumLength;
   static constexpr std::size_t kWeightBytes = 2 * kStages * kStageNumbers;
@@ -269,8 +271,7 @@ __device__ __forceinline__ void fill_window(const AutoencoderLayer& p, const Ele
       }
     }
   } else {
-    // So that loads do not wait for each other, where sums leave registers for it.
-    constexpr int kAtOnce = Shape::kPixelTiles > 2 ? 1 : 2;
+    constexpr int kAtOnce = 2;  // so that loads do not wait for each other
 #pragma unroll 1
     for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
       CornerVectors<Element> vectors[kAtOnce];
@@ -472,7 +473,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads) convol
     }
   };
 #pragma unroll 1
-  for (int first_channel = 0; first_channel < p.channels; first_channel += kChunk) {
+  for (int first_channel = 0; first_channel < (Shape::kOneWindow ? kChunk : p.channels); first_channel += kChunk) {
     if (first_channel > 0) {
       __syncthreads();
     }
@@ -670,7 +671,7 @@ void launch_products(const AutoencoderLayer& p, cudaStream_t stream) {
       pixels <= kMostPixelsByNumber) {
     const dim3 blocks(static_cast<unsigned>(pixels * p.outputs), 1, static_cast<unsigned>(p.images));
     launch(sum_for_number<Element>, blocks, dim3(kNumberThreads), 0, stream, p);
-  } else if (p.outputs > NarrowTile::kOutputs && tile_count<WideTile>(p) >= kEnoughWide &&
+  } else if (p.channels <= kChunk && p.outputs > NarrowTile::kOutputs && tile_count<WideTile>(p) >= kEnoughWide &&
              convolve_shared_bytes<WideTile>(p.kernel, p.stride, p.pitch) <= kAutoencoderSharedBytes) {
     launch_convolve<Element, WideTile>(p, stream);
   } else if (p.outputs > NarrowTile::kOutputs && tile_count<LargeTile>(p) >= kEnoughBlocks) {
