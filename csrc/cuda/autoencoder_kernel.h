@@ -33,6 +33,8 @@
 
 namespace efficientad_fast::cuda {
 
+namespace autoencoder_layer {
+
 inline constexpr int kTileColumns = 8;
 inline constexpr int kChunk = 64;   // most channels of a window
 inline constexpr int kStep = 16;    // depth of one product of tensor cores
@@ -63,8 +65,8 @@ __device__ __forceinline__ int divided(int dividend, const Divisor& by) {
   return by.reciprocal == 0 ? dividend : static_cast<int>(__umulhi(static_cast<unsigned>(dividend), by.reciprocal));
 }
 
-// A layer, for some images. Strides and lengths in numbers.
-struct AutoencoderLayer {
+// A layer of some images. Strides and lengths in numbers.
+struct Layer {
   const void* read;  // (N, height, width, channels), channels next to each other
   int64_t image_stride, row_stride, pixel_stride;
   int height, width, channels;
@@ -158,7 +160,7 @@ struct Corners {
   int upper_left, upper_right, lower_left, lower_right;  // what is resized has less than 2^31 numbers an image
   float weights[4];
 
-  __device__ __forceinline__ Corners(const AutoencoderLayer& p, int y, int x) {
+  __device__ __forceinline__ Corners(const Layer& p, int y, int x) {
     const ResizedPlace row(y, p.scale_y, p.height), column(x, p.scale_x, p.width);
     const int row_stride = static_cast<int>(p.row_stride), pixel_stride = static_cast<int>(p.pixel_stride);
     const int above = row.before * row_stride, below = row.after * row_stride;
@@ -178,7 +180,7 @@ __device__ __forceinline__ float blended(const Corners& corners, float upper_lef
 
 // One number of what the convolution reads.
 template <typename Element>
-__device__ __forceinline__ float number_read(const AutoencoderLayer& p, const Element* image, int y, int x,
+__device__ __forceinline__ float number_read(const Layer& p, const Element* image, int y, int x,
                                              int channel) {
   if (!p.resized) {
     return to_number<float>(image[y * p.row_stride + x * p.pixel_stride + channel]);
@@ -216,7 +218,7 @@ struct CornerVectors {
 
 // Where a column of the window lies in its row: with stride 2 the odd ones after the even ones, for those that a tap
 // reads for pixels beside each other are to lie beside each other.
-__device__ __forceinline__ int window_place(const AutoencoderLayer& p, int column) {
+__device__ __forceinline__ int window_place(const Layer& p, int column) {
   return p.stride == 1 || p.flat ? column : column / 2 + (column % 2) * ((p.window_columns + 1) / 2);
 }
 
@@ -225,7 +227,7 @@ struct WindowVector {
   int y, x, channel, place;
   bool inside;  // what is read has this pixel
 
-  __device__ __forceinline__ WindowVector(const AutoencoderLayer& p, int index, int first_y, int first_x,
+  __device__ __forceinline__ WindowVector(const Layer& p, int index, int first_y, int first_x,
                                           int first_channel) {
     const int pixel = divided(index, p.by_tap_vectors);
     const int row = divided(pixel, p.by_window_columns), column = pixel - row * p.window_columns;
@@ -240,7 +242,7 @@ struct WindowVector {
 // Fills the window whose first pixel is (y, x) of what the convolution reads; zeros outside. Copies are neither
 // committed nor waited for.
 template <typename Element, typename Shape>
-__device__ __forceinline__ void fill_window(const AutoencoderLayer& p, const Element* image, int y, int x,
+__device__ __forceinline__ void fill_window(const Layer& p, const Element* image, int y, int x,
                                             int first_channel, Element* window) {
   constexpr int kThreads = Shape::kThreads;
   const int window_rows = (Shape::kRows - 1) * p.stride + p.kernel;
@@ -307,14 +309,14 @@ struct WeightLoads {
   const Element* first_row;
   int output, depth, place;
 
-  __device__ __forceinline__ WeightLoads(const AutoencoderLayer& p, int first_output) {
+  __device__ __forceinline__ WeightLoads(const Layer& p, int first_output) {
     const int vector = threadIdx.x % kVectors, slice = vector / (kPiece / kEight), row = threadIdx.x / kVectors;
     output = first_output + row, depth = vector * kEight;
     place = (slice * Shape::kOutputs + row) * kPieceLength + depth - slice * kPiece;
     first_row = static_cast<const Element*>(p.weights) + static_cast<int64_t>(output) * p.row_length;
   }
 
-  __device__ __forceinline__ void load(const AutoencoderLayer& p, int first_channel, int stage, Element* to) const {
+  __device__ __forceinline__ void load(const Layer& p, int first_channel, int stage, Element* to) const {
     const int stage_depth = depth + stage * kStageDepth;
     if (p.vectors_weights) {
 #pragma unroll
@@ -341,7 +343,7 @@ struct WeightLoads {
 
 // Eight numbers of the result, of which `count` are there.
 template <typename Element>
-__device__ __forceinline__ void store_eight(const AutoencoderLayer& p, const float (&numbers)[kEight], int64_t place,
+__device__ __forceinline__ void store_eight(const Layer& p, const float (&numbers)[kEight], int64_t place,
                                             int count) {
   if (p.narrow) {
     unsigned char* const out = static_cast<unsigned char*>(p.out) + place;
@@ -382,13 +384,13 @@ __device__ __forceinline__ void store_eight(const AutoencoderLayer& p, const flo
 }
 
 // NaN stays.
-__device__ __forceinline__ float rectified(const AutoencoderLayer& p, float number) {
+__device__ __forceinline__ float rectified(const Layer& p, float number) {
   return p.relu && number < 0 ? 0.0f : number;
 }
 
 // A block for each tile of pixels, tile of outputs and image.
 template <typename Element, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads) convolve(const AutoencoderLayer p) {
+__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads) convolve(const Layer p) {
   EFFICIENTAD_FAST_DYNAMIC_SHARED(unsigned char, shared);
   int* const places = reinterpret_cast<int*>(shared);
   float* const biases = reinterpret_cast<float*>(shared + kPlaceBytes);
@@ -563,7 +565,7 @@ inline constexpr int kNumberThreads = 128;
 
 // A block for each number of the result: for sums of many products, of few pixels, neither resized nor padded.
 template <typename Element>
-__global__ void __launch_bounds__(kNumberThreads) sum_for_number(const AutoencoderLayer p) {
+__global__ void __launch_bounds__(kNumberThreads) sum_for_number(const Layer p) {
   __shared__ float parts[kNumberThreads / 32];
   const int output = blockIdx.x % p.outputs, pixel = blockIdx.x / p.outputs;
   const int y = pixel / p.out_width * p.stride, x = pixel % p.out_width * p.stride;
@@ -604,7 +606,7 @@ __global__ void __launch_bounds__(kNumberThreads) sum_for_number(const Autoencod
 inline constexpr int kPlainThreads = 256;
 
 // A thread for each number of the result, in float32.
-__global__ void __launch_bounds__(kPlainThreads) convolve_plain(const AutoencoderLayer p) {
+__global__ void __launch_bounds__(kPlainThreads) convolve_plain(const Layer p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
   const int64_t image_numbers = static_cast<int64_t>(p.out_height) * p.out_width * p.outputs;
   if (index >= image_numbers) {
@@ -645,13 +647,13 @@ inline bool is_multiple(const void* pointer, int64_t bytes) {
 inline int64_t tiles_of(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
 
 template <typename Shape>
-int64_t tile_count(const AutoencoderLayer& p) {
+int64_t tile_count(const Layer& p) {
   return tiles_of(p.out_height, Shape::kRows) * tiles_of(p.out_width, kTileColumns) *
          tiles_of(p.outputs, Shape::kOutputs) * p.images;
 }
 
 template <typename Element, typename Shape>
-void launch_convolve(const AutoencoderLayer& p, cudaStream_t stream) {
+void launch_convolve(const Layer& p, cudaStream_t stream) {
   const int64_t tiles = tiles_of(p.out_height, Shape::kRows) * p.tile_columns;
   const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(tiles_of(p.outputs, Shape::kOutputs)),
                     static_cast<unsigned>(p.images));
@@ -665,7 +667,7 @@ inline constexpr int64_t kEnoughWide = 120, kEnoughBlocks = 160, kEnoughSliced =
 inline constexpr int64_t kMostPixelsByNumber = 4;
 
 template <typename Element>
-void launch_products(const AutoencoderLayer& p, cudaStream_t stream) {
+void launch_products(const Layer& p, cudaStream_t stream) {
   const int64_t pixels = static_cast<int64_t>(p.out_height) * p.out_width;
   if (!p.resized && p.padding == 0 && p.vectors_read && p.vectors_weights && !p.narrow && !p.flat &&
       pixels <= kMostPixelsByNumber) {
@@ -686,7 +688,7 @@ void launch_products(const AutoencoderLayer& p, cudaStream_t stream) {
 }
 
 // Of a layer all but what follows.
-inline void launch_layer(AutoencoderLayer p, Dtype dtype, cudaStream_t stream) {
+inline void launch_layer(Layer p, Dtype dtype, cudaStream_t stream) {
   const int64_t bytes = dtype == Dtype::kFloat32 ? 4 : 2;
   const auto strides_fit = [&p](int64_t multiple) {
     return p.pixel_stride % multiple == 0 && p.row_stride % multiple == 0 && p.image_stride % multiple == 0;
@@ -712,6 +714,8 @@ inline void launch_layer(AutoencoderLayer p, Dtype dtype, cudaStream_t stream) {
   p.by_tap_steps = Divisor(std::max(p.tap_depth / kStep, 1)), p.by_tap_vectors = Divisor(p.tap_depth / vector);
   dtype == Dtype::kFloat16 ? launch_products<__half>(p, stream) : launch_products<__nv_bfloat16>(p, stream);
 }
+
+}  // namespace autoencoder_layer
 
 struct Autoencoder {
   const void* image;  // (N, height, width, channels), channels next to each other; strides in numbers
@@ -739,7 +743,7 @@ inline void launch_autoencoder(const Autoencoder& call, cudaStream_t stream) {
   };
   void* const activations[2] = {call.workspace, moved(call.workspace, parts[0] * bytes)};
 
-  AutoencoderLayer p{};
+  autoencoder_layer::Layer p{};
   p.read = call.image;
   p.image_stride = call.image_stride, p.row_stride = call.row_stride, p.pixel_stride = call.pixel_stride;
   p.height = static_cast<int>(call.height), p.width = static_cast<int>(call.width);
@@ -760,11 +764,11 @@ inline void launch_autoencoder(const Autoencoder& call, cudaStream_t stream) {
     p.narrow = last && call.narrow;
     const int64_t out_stride = layer.out_height * layer.out_width * call.outputs[index];
     for (int64_t first = 0; first < call.images; first += kMostImages) {
-      AutoencoderLayer some = p;
+      autoencoder_layer::Layer some = p;
       some.images = static_cast<int>(std::min(call.images - first, kMostImages));
       some.read = moved(p.read, first * p.image_stride * bytes);
       some.out = moved(p.out, first * out_stride * (p.narrow ? 1 : bytes));
-      launch_layer(some, call.dtype, stream);
+      autoencoder_layer::launch_layer(some, call.dtype, stream);
     }
     p.read = p.out;
     p.height = p.out_height, p.width = p.out_width, p.channels = p.outputs;
