@@ -84,4 +84,27 @@ inline void check_outputs(const Tensor& input, const Tensor& packed, const std::
   packing::check_workspace(kName, workspace, kWorkspace, "input", input);
 }
 
+// conv_pool.mixed
+inline void check_mixed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& bias, int64_t padding, bool pool, int64_t pool_padding,
+                        int64_t groups, const Tensor& out, bool cuda) {
+  require_device_kind(kName, "input", input, cuda);
+  packing::check_images(kName, "input", input, /*mixed=*/true);
+  packing::check_weight(kName, "weight", weight, /*mixed=*/true);
+  packing::check_same_dtype(kName, "weight", weight, "input", input);
+  require_device_of(kName, "input", input, "weight", weight);
+  check_groups(groups, weight.size(0), "the outputs of weight");
+  packing::check_channels(kName, "input", input, weight.size(1) * groups, "this weight and groups");
+  const Size size = checked_size(input, weight.size(2), padding, pool, pool_padding);
+  if (scale) {
+    packing::check_bias(kName, "scale", *scale, weight.size(0), "input", input);
+  }
+  if (bias) {
+    packing::check_bias(kName, "bias", *bias, weight.size(0), "input", input);
+  }
+  const std::string shape = text(std::vector<int64_t>{input.size(0), weight.size(0), size.height, size.width});
+  EFFICIENTAD_FAST_REQUIRE(shape_text(out) == shape, kName, "out", shape, shape_text(out));
+  packing::check_activations(kName, "out", out, "input", input, /*mixed=*/true);
+}
+
 }  // namespace efficientad_fast::conv_pool

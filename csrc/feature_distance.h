@@ -43,39 +43,52 @@ inline Size checked_size(const Tensor& first, const std::optional<Tensor>& secon
 }
 
 // What both overloads that compute check of their activations.
-inline void check_activations(const Tensor& first, const std::optional<Tensor>& second, bool cuda) {
+inline void check_activations(const Tensor& first, const std::optional<Tensor>& second, bool cuda, bool mixed = false) {
   require_device_kind(kName, "first", first, cuda);
-  packing::check_images(kName, "first", first);
+  packing::check_images(kName, "first", first, mixed);
   if (second) {
-    packing::check_images(kName, "second", *second);
+    packing::check_images(kName, "second", *second, mixed);
     require_device_of(kName, "first", first, "second", *second);
   }
 }
 
-inline void check_second_weight(const Tensor& weight_first, const Tensor& weight_second) {
-  packing::check_weight(kName, "weight_second", weight_second);
+inline void check_second_weight(const Tensor& weight_first, const Tensor& weight_second, bool mixed = false) {
+  packing::check_weight(kName, "weight_second", weight_second, mixed);
   EFFICIENTAD_FAST_REQUIRE(weight_second.size(0) == weight_first.size(0), kName, "weight_second",
                            "of " + std::to_string(weight_first.size(0)) + " outputs as weight_first is",
                            shape_text(weight_second));
+}
+
+// Activations and weights that are not packed; height and width of the result.
+inline Size checked_given(const Tensor& first, const Tensor& weight_first, const std::optional<Tensor>& second,
+                          const std::optional<Tensor>& weight_second, int64_t padding_first, int64_t padding_second,
+                          bool cuda, bool mixed) {
+  check_activations(first, second, cuda, mixed);
+  packing::check_weight(kName, "weight_first", weight_first, mixed);
+  require_device_of(kName, "first", first, "weight_first", weight_first);
+  packing::check_channels(kName, "first", first, weight_first.size(1), "this weight_first");
+  check_pairing(second.has_value(), weight_second.has_value(), "second", "weight_second");
+  check_pairing(weight_second.has_value(), second.has_value(), "weight_second", "second");
+  if (second) {
+    check_second_weight(weight_first, *weight_second, mixed);
+    require_device_of(kName, "first", first, "weight_second", *weight_second);
+    packing::check_channels(kName, "second", *second, weight_second->size(1), "this weight_second");
+  }
+  packing::check_same_dtype(kName, "weight_first", weight_first, "first", first);
+  if (second) {
+    packing::check_same_dtype(kName, "second", *second, "first", first);
+    packing::check_same_dtype(kName, "weight_second", *weight_second, "first", first);
+  }
+  return checked_size(first, second, weight_first.size(2), second ? weight_second->size(2) : 0, padding_first,
+                      padding_second);
 }
 
 // The default overload; height and width of its result.
 inline Size check(const Tensor& first, const Tensor& weight_first, const std::optional<Tensor>& second,
                   const std::optional<Tensor>& weight_second, const std::optional<Tensor>& bias, int64_t padding_first,
                   int64_t padding_second, bool cuda) {
-  check_activations(first, second, cuda);
-  packing::check_weight(kName, "weight_first", weight_first);
-  require_device_of(kName, "first", first, "weight_first", weight_first);
-  packing::check_channels(kName, "first", first, weight_first.size(1), "this weight_first");
-  check_pairing(second.has_value(), weight_second.has_value(), "second", "weight_second");
-  check_pairing(weight_second.has_value(), second.has_value(), "weight_second", "second");
-  if (second) {
-    check_second_weight(weight_first, *weight_second);
-    require_device_of(kName, "first", first, "weight_second", *weight_second);
-    packing::check_channels(kName, "second", *second, weight_second->size(1), "this weight_second");
-  }
-  const Size size = checked_size(first, second, weight_first.size(2), second ? weight_second->size(2) : 0,
-                                 padding_first, padding_second);
+  const Size size = checked_given(first, weight_first, second, weight_second, padding_first, padding_second, cuda,
+                                  /*mixed=*/false);
   if (bias) {
     packing::check_bias(kName, "bias", *bias, weight_first.size(0), "first", first);
   }
@@ -123,6 +136,49 @@ inline void check_outputs(const Tensor& first, const std::optional<Tensor>& seco
   EFFICIENTAD_FAST_REQUIRE(out.is_contiguous(), kName, "out", "contiguous", "strides " + text(out.strides()));
   require_device_of(kName, "first", first, "out", out);
   packing::check_workspace(kName, workspace, kWorkspace, "first", first);
+}
+
+// What is too deep to be packed is refused by all that compute, packed or not.
+inline void checked_depth(const Tensor& weight_first, const std::optional<Tensor>& weight_second) {
+  std::vector<packing::Source> sources{{weight_first.size(1), weight_first.size(2)}};
+  if (weight_second) {
+    sources.push_back({weight_second->size(1), weight_second->size(2)});
+  }
+  packing::checked_planes(kName, "auto", sources);
+}
+
+// Numbers of the workspace of feature_distance.mixed for maps of that size.
+inline int64_t mixed_workspace(int64_t images, int64_t height, int64_t width, int64_t outputs) {
+  constexpr int64_t kFewestOutputs = 16;
+  return images * height * width * (1 + (outputs + kFewestOutputs - 1) / kFewestOutputs);
+}
+
+// feature_distance.mixed
+inline void check_mixed(const Tensor& first, const Tensor& weight_first, const std::optional<Tensor>& second,
+                        const std::optional<Tensor>& weight_second, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& bias, int64_t padding_first, int64_t padding_second,
+                        const Tensor& out, const Tensor& workspace, bool cuda) {
+  const Size size = checked_given(first, weight_first, second, weight_second, padding_first, padding_second, cuda,
+                                  /*mixed=*/true);
+  const int64_t outputs = weight_first.size(0);
+  if (scale) {
+    packing::check_bias(kName, "scale", *scale, outputs, "first", first);
+  }
+  if (bias) {
+    packing::check_bias(kName, "bias", *bias, outputs, "first", first);
+  }
+  const std::string shape = text(std::vector<int64_t>{first.size(0), 1, size.height, size.width});
+  EFFICIENTAD_FAST_REQUIRE(shape_text(out) == shape, kName, "out", shape, shape_text(out));
+  packing::require_float32(kName, "out", out);
+  EFFICIENTAD_FAST_REQUIRE(out.is_contiguous(), kName, "out", "contiguous", "strides " + text(out.strides()));
+  require_device_of(kName, "first", first, "out", out);
+  require_device_of(kName, "first", first, "workspace", workspace);
+  const int64_t numbers = mixed_workspace(first.size(0), size.height, size.width, outputs);
+  EFFICIENTAD_FAST_REQUIRE(workspace.dim() == 1 && workspace.size(0) >= numbers, kName, "workspace",
+                           "(numbers,) of at least (" + std::to_string(numbers) + ",)", shape_text(workspace));
+  packing::require_float32(kName, "workspace", workspace);
+  EFFICIENTAD_FAST_REQUIRE(workspace.is_contiguous(), kName, "workspace", "contiguous",
+                           "strides " + text(workspace.strides()));
 }
 
 }  // namespace efficientad_fast::feature_distance

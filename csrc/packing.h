@@ -106,6 +106,25 @@ inline void require_float32(const char* name, const char* argument, const Tensor
                            dtype_text(given.scalar_type()));
 }
 
+// Of the `mixed` overloads: products of narrow numbers, sums in float32.
+inline void require_mixed(const char* name, const char* argument, const Tensor& given) {
+  const bool known = is_one_of(given.scalar_type(), {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16,
+                                                     ScalarType::Float8_e4m3fn});
+  EFFICIENTAD_FAST_REQUIRE(known, name, argument, "float32, float16, bfloat16 or float8_e4m3fn",
+                           dtype_text(given.scalar_type()));
+}
+
+inline void check_dtype(const char* name, const char* argument, const Tensor& given, bool mixed) {
+  mixed ? require_mixed(name, argument, given) : require_float32(name, argument, given);
+}
+
+inline void check_same_dtype(const char* name, const char* argument, const Tensor& given, const char* first_name,
+                             const Tensor& first) {
+  EFFICIENTAD_FAST_REQUIRE(given.scalar_type() == first.scalar_type(), name, argument,
+                           dtype_text(first.scalar_type()) + " as " + first_name + " is",
+                           dtype_text(given.scalar_type()));
+}
+
 inline bool is_positive(const Tensor& given, int first) {
   for (int axis = first; axis < given.dim(); ++axis) {
     if (given.size(axis) < 1) {
@@ -115,10 +134,11 @@ inline bool is_positive(const Tensor& given, int first) {
   return true;
 }
 
-inline void check_images(const char* name, const char* argument, const Tensor& given) {
+// mixed: for an overload that takes narrower numbers too, as below.
+inline void check_images(const char* name, const char* argument, const Tensor& given, bool mixed = false) {
   EFFICIENTAD_FAST_REQUIRE(given.dim() == 4 && is_positive(given, 1), name, argument,
                            "(N, C, H, W) with C, H and W of at least 1", shape_text(given));
-  require_float32(name, argument, given);
+  check_dtype(name, argument, given, mixed);
 }
 
 inline void check_channels(const char* name, const char* argument, const Tensor& given, int64_t channels,
@@ -127,12 +147,12 @@ inline void check_channels(const char* name, const char* argument, const Tensor&
                            "(N, " + std::to_string(channels) + ", H, W) for " + reason, shape_text(given));
 }
 
-inline void check_weight(const char* name, const char* argument, const Tensor& given) {
+inline void check_weight(const char* name, const char* argument, const Tensor& given, bool mixed = false) {
   const bool square = given.dim() == 4 && is_positive(given, 0) && given.size(2) == given.size(3) &&
                       given.size(2) <= kMostKernel;
   EFFICIENTAD_FAST_REQUIRE(square, name, argument,
                            "(outputs, channels, k, k) with all of at least 1 and k at most 16", shape_text(given));
-  require_float32(name, argument, given);
+  check_dtype(name, argument, given, mixed);
 }
 
 inline void check_kernel(const char* name, const char* argument, int64_t kernel) {
@@ -223,8 +243,8 @@ inline bool is_dense_channels_last(const Tensor& given) {
 
 // Activations to write, whose shape was checked.
 inline void check_activations(const char* name, const char* argument, const Tensor& given, const char* first_name,
-                              const Tensor& first) {
-  require_float32(name, argument, given);
+                              const Tensor& first, bool mixed = false) {
+  check_dtype(name, argument, given, mixed);
   EFFICIENTAD_FAST_REQUIRE(is_dense_channels_last(given), name, argument, "dense and channels-last",
                            "strides " + text(given.strides()));
   require_device_of(name, first_name, first, argument, given);

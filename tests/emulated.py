@@ -12,6 +12,8 @@ from torch import Tensor
 
 from efficientad_fast.ops import anomaly_map as anomaly_map_operator
 from efficientad_fast.ops import autoencoder as autoencoder_operator
+from efficientad_fast.ops import conv_pool as conv_pool_operator
+from efficientad_fast.ops import feature_distance as feature_distance_operator
 from efficientad_fast.ops import hard_feature_loss as loss_operator
 from efficientad_fast.ops import packing
 from efficientad_fast.ops import preprocess as preprocess_operator
@@ -163,6 +165,94 @@ def autoencoder_mixed(
     _kernels().autoencoder(_array(read), *arrays, _array(out), _array(workspace))
 
 
+def conv_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    relu: bool = True,
+    pool: bool = False,
+    pool_padding: int = 0,
+    groups: int = 1,
+) -> Tensor:
+    options: dict[str, Any] = {"padding": padding, "relu": relu, "pool": pool, "pool_padding": pool_padding}
+    out = conv_pool_operator.fake(input, weight, bias, groups=groups, **options)
+    conv_pool_mixed(input, weight, None, bias, groups=groups, out=out, **options)
+    return out
+
+
+def conv_pool_mixed(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    relu: bool = True,
+    pool: bool = False,
+    pool_padding: int = 0,
+    groups: int = 1,
+    out: Tensor,
+) -> None:
+    conv_pool_operator.fake_mixed(
+        *(input, weight, scale, bias),
+        padding=padding,
+        relu=relu,
+        pool=pool,
+        pool_padding=pool_padding,
+        groups=groups,
+        out=out,
+    )
+    images, weights = packing.mixed(input), weight.contiguous(memory_format=torch.channels_last)
+    given = (_array(images), _array(weights), _optional_array(scale), _optional_array(bias))
+    _kernels().conv_pool(*given, padding, relu, pool, pool_padding, groups, _array(out), _multiprocessors)
+
+
+def feature_distance(
+    first: Tensor,
+    weight_first: Tensor,
+    second: Tensor | None = None,
+    weight_second: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding_first: int = 0,
+    padding_second: int = 0,
+) -> Tensor:
+    paddings = {"padding_first": padding_first, "padding_second": padding_second}
+    out = feature_distance_operator.fake(first, weight_first, second, weight_second, bias, **paddings)
+    images, _, height, width = out.shape
+    numbers = feature_distance_operator.mixed_workspace_size(images, height, width, weight_first.shape[0])
+    given = (first, weight_first, second, weight_second, None, bias)
+    feature_distance_mixed(*given, **paddings, out=out, workspace=torch.zeros(numbers))
+    return out
+
+
+def feature_distance_mixed(
+    first: Tensor,
+    weight_first: Tensor,
+    second: Tensor | None = None,
+    weight_second: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    padding_first: int = 0,
+    padding_second: int = 0,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    given = (first, weight_first, second, weight_second, scale, bias)
+    paddings = (padding_first, padding_second)
+    feature_distance_operator.check_mixed(*given, *paddings, out, workspace)
+    images = [packing.mixed(one) for one in (first, second) if one is not None]
+    weights = [
+        one.contiguous(memory_format=torch.channels_last) for one in (weight_first, weight_second) if one is not None
+    ]
+    arrays = [list(map(_array, operands)) for operands in (images, weights)]
+    statistics = (_optional_array(scale), _optional_array(bias))
+    _kernels().feature_distance(*arrays, *statistics, paddings, _array(out), _array(workspace), _multiprocessors)
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "anomaly_map": anomaly_map,
     "anomaly_map.out": anomaly_map_out,
@@ -170,6 +260,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "hard_feature_loss": hard_feature_loss,
     "hard_feature_loss.out": hard_feature_loss_out,
     "hard_feature_loss.gradient": hard_feature_loss_gradient,
+    "conv_pool": conv_pool,
+    "conv_pool.mixed": conv_pool_mixed,
+    "feature_distance": feature_distance,
+    "feature_distance.mixed": feature_distance_mixed,
     "preprocess": preprocess,
     "preprocess.out": preprocess_out,
     "autoencoder.mixed": autoencoder_mixed,
@@ -187,6 +281,20 @@ def in_rows(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
     copied = teacher.contiguous(), student.contiguous()
     tried = [(teacher, student), (copied[0], student), (teacher, copied[1]), copied]
     return next(both for both in tried if _kernels().have_rows(*map(_array, both)))
+
+
+_multiprocessors = 0
+
+
+@contextlib.contextmanager
+def multiprocessors(count: int) -> Iterator[None]:
+    """Of the GPU that is emulated: convolutions work in small tiles where large ones are fewer than two for each."""
+    global _multiprocessors
+    before, _multiprocessors = _multiprocessors, count
+    try:
+        yield
+    finally:
+        _multiprocessors = before
 
 
 @contextlib.contextmanager
@@ -217,6 +325,10 @@ def _coefficients(quantiles: Sequence[float] | None, convention: str) -> list[fl
     st, ae = 0.05 / (st_end - st_start), 0.05 / (ae_end - ae_start)
     offset = -(st * st_start + ae * ae_start)
     return [st, ae, offset, 0.0] if convention == "native" else [st, ae, 0.0, offset]
+
+
+def _optional_array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else _array(tensor.contiguous())
 
 
 def _array(tensor: Tensor) -> Any:

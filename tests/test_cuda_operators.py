@@ -12,8 +12,11 @@ import torch
 from assertions import assert_close
 from cases import anomaly_map as anomaly_map_cases
 from cases import autoencoder as autoencoder_cases
+from cases import conv_pool as conv_pool_cases
+from cases import feature_distance as feature_distance_cases
 from cases import hard_feature_loss as loss_cases
 from cases import preprocess as preprocess_cases
+from convolution_cases import eighth_channels, planes_first, some_channels, window
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from operator_cases import Arguments, Case, cases, cases_module, numbers
@@ -110,6 +113,116 @@ MORE_FEATURES += [
     for make in (loss_cases.case, loss_cases.gradient_case)
 ]
 
+# Tiles are 64 or 128 pixels, or quads of them, by 128 outputs, of which a warp has 64; pieces are 64 bytes deep, and
+# three or four of them are in shared memory.
+HALF, EIGHTH = torch.float16, torch.float8_e4m3fn
+TILED = ("conv_pool.mixed", "feature_distance.mixed")
+
+MORE_CONVOLUTIONS = [
+    *(
+        conv_pool_cases.mixed(f"{pixels} pixels, {outputs} outputs", (1, 16, 1, pixels), outputs, 1, dtype, HALF)
+        for pixels, outputs, dtype in [
+            (63, 63, HALF),
+            (64, 64, EIGHTH),
+            (65, 65, HALF),
+            (127, 127, EIGHTH),
+            (128, 128, HALF),
+            (129, 129, EIGHTH),
+            (257, 200, HALF),
+        ]
+    ),
+    *(
+        conv_pool_cases.mixed(
+            f"{quads} quads of padded images in {dtype}".replace("torch.", ""),
+            (2, 32, 3, 2 * quads - 1),
+            72,
+            3,
+            dtype,
+            out,
+            padding=2,
+            pool=True,
+            pool_padding=1,
+            scale=0.5,
+            relu=quads % 2 == 0,
+        )
+        for quads, dtype, out in [
+            (3, HALF, EIGHTH),
+            (7, EIGHTH, EIGHTH),
+            (8, torch.bfloat16, torch.bfloat16),
+            (16, EIGHTH, HALF),
+            (17, torch.float32, torch.float32),
+            (31, HALF, torch.float32),
+        ]
+    ),
+    *(
+        conv_pool_cases.mixed(
+            f"{channels} channels, {kernel} x {kernel}, in {dtype}".replace("torch.", ""),
+            (1, 2 * channels, 6, 7),
+            48,
+            kernel,
+            dtype,
+            HALF,
+            groups=2,
+            padding=kernel // 2,
+        )
+        for channels, kernel, dtype in [
+            (8, 1, HALF),
+            (8, 2, HALF),
+            (24, 3, HALF),
+            (40, 4, HALF),
+            (72, 2, torch.bfloat16),
+            (16, 3, EIGHTH),
+            (48, 4, EIGHTH),
+            (144, 1, EIGHTH),
+            (144, 2, EIGHTH),
+            (4, 3, torch.float32),
+            (20, 2, torch.float32),
+            (9, 3, HALF),
+            (3, 5, EIGHTH),
+            (5, 2, torch.float32),
+        ]
+    ),
+    conv_pool_cases.mixed("the largest kernel", (1, 8, 9, 10), 17, 16, HALF, padding=15),
+    conv_pool_cases.mixed("outputs that cannot be stored together", (1, 16, 5, 6), 2 * 37, 3, HALF, groups=2),
+    # The stem's tiles are 4 by 16 quads by 256 outputs; each block has several.
+    *(
+        conv_pool_cases.mixed(
+            f"stem, {height} x {width} of {channels} channels",
+            (2, channels, 2 * height + 3, 2 * width + 3 + height % 2),
+            outputs,
+            4,
+            dtype,
+            out,
+            pool=True,
+            scale=scale,
+            relu=scale > 0,
+            bias=scale > 0,
+        )
+        for height, width, channels, outputs, dtype, out, scale in [
+            (3, 15, 4, 255, HALF, HALF, 0.5),
+            (4, 16, 4, 256, HALF, EIGHTH, 2.0),
+            (5, 17, 4, 264, torch.bfloat16, torch.bfloat16, 0.0),
+            (9, 33, 3, 40, HALF, torch.float32, 1.0),
+            (1, 1, 1, 1, torch.bfloat16, HALF, 0.0),
+            (4, 7, 2, 65, HALF, HALF, 0.7),
+        ]
+    ),
+    *(
+        conv_pool_cases.mixed(
+            f"padded stem, {change.__name__}",
+            (2, 4, 11, 34),
+            33,
+            4,
+            HALF,
+            padding=3,
+            pool=True,
+            pool_padding=1,
+            change=change,
+        )
+        for change in (some_channels, eighth_channels, window, planes_first)
+    ),
+]
+
 
 # Vectors and numbers one by one; windows of more channels than there is room for; every tile.
 MORE_AUTOENCODERS = [
@@ -132,6 +245,32 @@ MORE_AUTOENCODERS = [
     ),
 ]
 
+# Outputs are divided among blocks by 128; the second convolution follows the first, whose last piece may not be full.
+MORE_DISTANCES = [
+    feature_distance_cases.mixed(
+        f"{height} x {width} pixels, {outputs} outputs, {first} and {second} in {dtype}".replace("torch.", ""),
+        images,
+        (height, width),
+        outputs,
+        first,
+        second,
+        dtype,
+        scale=scale,
+        bias=scale != 2.0,
+    )
+    for images, height, width, outputs, first, second, dtype, scale in [
+        (1, 7, 9, 127, (32, 3, 1), (16, 1, 0), HALF, 0.5),
+        (1, 8, 8, 128, (8, 3, 1), (24, 4, 0), torch.bfloat16, 2.0),
+        (3, 5, 13, 129, (16, 3, 1), (48, 4, 0), EIGHTH, 0.5),
+        (1, 2, 127, 256, (16, 1, 0), (16, 2, 1), HALF, 0.0),
+        (2, 8, 8, 257, (64, 1, 0), (192, 1, 0), EIGHTH, 1.0),
+        (1, 3, 43, 300, (40, 3, 2), (40, 3, 2), HALF, 1.0),
+        (2, 5, 6, 130, (12, 3, 1), (4, 2, 0), torch.float32, 0.7),
+        (1, 5, 6, 140, (5, 3, 1), (16, 2, 0), HALF, 2.0),
+        (1, 5, 6, 140, (32, 3, 1), None, EIGHTH, 0.7),
+    ]
+]
+
 
 def inner(raw: Tensor) -> Tensor:
     return raw[:, :, 1:-1, 1:]
@@ -144,7 +283,7 @@ def every(found: list[Case]) -> pytest.MarkDecorator:
 CASES = [case for operator in OPERATORS for case in cases(operator) if case.overload in emulated.FUNCTIONS]
 
 
-@every([*CASES, *MORE_MAPS, *MORE_IMAGES, *MORE_AUTOENCODERS, *MORE_FEATURES])
+@every([*CASES, *MORE_MAPS, *MORE_IMAGES, *MORE_AUTOENCODERS, *MORE_FEATURES, *MORE_CONVOLUTIONS, *MORE_DISTANCES])
 def test_results(case: Case) -> None:
     case.check(case.run(emulated.FUNCTIONS[case.overload]))
 
@@ -162,6 +301,39 @@ def test_order_of_blocks_and_threads_does_not_matter(dtype: torch.dtype, order: 
         assert_close(one, other, EXACT)
 
 
+@every([*(case for case in CASES if case.overload in TILED), *MORE_CONVOLUTIONS, *MORE_DISTANCES])
+def test_convolutions_in_small_tiles(case: Case) -> None:
+    with emulated.multiprocessors(1000):
+        case.check(case.run(emulated.FUNCTIONS[case.overload]))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_convolutions_in_another_order_of_blocks_and_threads(order: int) -> None:
+    for case in [*MORE_CONVOLUTIONS[:: 5 + order], *MORE_DISTANCES]:
+        with emulated.shuffled(order):
+            case.check(case.run(emulated.FUNCTIONS[case.overload]))
+
+
+def test_maps_do_not_depend_on_the_order_of_blocks_and_leave_counts_of_zero() -> None:
+    """By a workspace that other calls used before, of other sizes too, which count in other places."""
+    larger, smaller = MORE_DISTANCES[4], MORE_DISTANCES[3]
+    numbers_of = [case.arguments()[1]["workspace"].shape[0] for case in (larger, smaller)]
+    workspace = torch.zeros(max(numbers_of) + 7)
+
+    def maps(case: Case) -> Tensor:
+        args, kwargs = case.arguments()
+        emulated.feature_distance_mixed(*args, **(kwargs | {"workspace": workspace}))
+        case.check((kwargs["out"],))
+        result: Tensor = kwargs["out"]
+        return result
+
+    expected = [maps(case) for case in (larger, smaller, larger)]
+    for order in (1, 2, 3):
+        with emulated.shuffled(order):
+            for one, case in zip(expected, (larger, smaller, larger), strict=True):
+                assert_close(maps(case), one, EXACT)
+
+
 def test_shared_variables_are_guarded() -> None:
     assert emulated.unguarded_shared_variables() == []
 
@@ -174,7 +346,7 @@ SECONDS_EACH = ("autoencoder",)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_shapes(operator: str, data: st.DataObject) -> None:
-    case = data.draw(cases_module(operator).strategy())
+    case = data.draw(cases_module(operator).strategy().filter(lambda drawn: drawn.overload in emulated.FUNCTIONS))
     case.check(case.run(emulated.FUNCTIONS[case.overload]))
 
 

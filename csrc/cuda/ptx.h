@@ -33,11 +33,13 @@ __device__ __forceinline__ unsigned shared_address(const void* place) {
 
 // kBytes (4, 8 or 16) from global to shared memory, both so aligned; zeros, and nothing read, where not `taken`. They are
 // there for this thread once it has waited for the group that they were committed to, for others after a barrier then.
-template <int kBytes>
+// kKept: by the multiprocessor's own cache, for what it reads again soon; fewer bytes than 16 always are.
+template <int kBytes, bool kKept = kBytes != 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool taken) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
   const int read = taken ? kBytes : 0;
-  if constexpr (kBytes == 16) {
+  if constexpr (!kKept) {
+    static_assert(kBytes == 16, "cp.async.cg copies 16 bytes");
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(read)
                  : "memory");
   } else {

@@ -2,6 +2,8 @@
 
 #include "cuda/anomaly_map_kernel.h"
 #include "cuda/autoencoder_kernel.h"
+#include "cuda/conv_pool_kernel.h"
+#include "cuda/feature_distance_kernel.h"
 #include "cuda/hard_feature_loss_kernel.h"
 #include "cuda/preprocess_kernel.h"
 #include "cuda/quantile_kernel.h"
@@ -48,6 +50,13 @@ struct Array {
   }
 
   bool is_e4m3() const { return dtype == "float8_e4m3fn"; }
+
+  cuda::Number number() const {
+    return is_e4m3()                ? cuda::Number::kE4m3
+           : dtype == "float16"     ? cuda::Number::kFloat16
+           : dtype == "bfloat16"    ? cuda::Number::kBFloat16
+                                    : cuda::Number::kFloat32;
+  }
 
   std::size_t element_size() const {
     if (is_e4m3()) {
@@ -281,6 +290,92 @@ void loss_gradient(const Array& teacher, const Array& student, const Array& thre
   take(to);
 }
 
+// Numbers that are read where they are given.
+class OptionalSource {
+ public:
+  OptionalSource(const char* name, const std::optional<Array>& array) {
+    if (array) {
+      buffer_.emplace(name, reinterpret_cast<void*>(array->pointer), array->bytes(), /*writable=*/false,
+                      /*initialised=*/true);
+    }
+  }
+
+  const float* data() const { return buffer_ ? buffer_->as<float>() : nullptr; }
+
+ private:
+  std::optional<Buffer> buffer_;
+};
+
+// images: with channels next to each other; weight: channels-last.
+cuda::Convolution convolution_of(const Array& images, const Buffer& from, const Array& weight, const Buffer& weights,
+                                 int padding) {
+  const auto stride = [&](int axis) { return images.sizes[axis] > 1 ? images.strides[axis] : 0; };
+  cuda::Convolution convolution{};
+  convolution.images = from.as<void>(), convolution.weights = weights.as<void>();
+  convolution.image_stride = stride(0), convolution.row_stride = stride(2), convolution.pixel_stride = stride(3);
+  convolution.height = static_cast<int>(images.sizes[2]), convolution.width = static_cast<int>(images.sizes[3]);
+  convolution.channels = static_cast<int>(weight.sizes[1]), convolution.kernel = static_cast<int>(weight.sizes[2]);
+  convolution.padding = padding;
+  return convolution;
+}
+
+cuda::Made made_of(const cuda::Convolution& from, const Array& out, bool pool, int pool_padding) {
+  cuda::Made made{};
+  made.height = from.height + 2 * from.padding - from.kernel + 1;
+  made.width = from.width + 2 * from.padding - from.kernel + 1;
+  made.out_height = static_cast<int>(out.sizes[2]), made.out_width = static_cast<int>(out.sizes[3]);
+  made.count = static_cast<int>(out.sizes[0]) * made.out_height * made.out_width;
+  made.pool = pool, made.pool_padding = pool_padding;
+  return made;
+}
+
+// As convolution_of wants images and weight; with fewer multiprocessors, tiles are larger.
+void conv_pool(const Array& images, const Array& weight, const std::optional<Array>& scale,
+               const std::optional<Array>& bias, int padding, bool relu, bool pool, int pool_padding, int groups,
+               const Array& out, int multiprocessors) {
+  const Buffer from = source("input", images), weights = source("weight", weight), to = result("out", out);
+  const OptionalSource scales("scale", scale), biases("bias", bias);
+  cuda::ConvPool call{};
+  call.convolution = convolution_of(images, from, weight, weights, padding);
+  call.made = made_of(call.convolution, out, pool, pool_padding);
+  call.groups = groups, call.group_outputs = static_cast<int>(weight.sizes[0]) / groups;
+  call.scale = scales.data(), call.bias = biases.data();
+  call.relu = relu;
+  call.out = to.as<void>();
+  call.number = images.number(), call.out_number = out.number();
+  call.multiprocessors = multiprocessors;
+  cuda::launch_conv_pool(call, nullptr);
+  take(to);
+}
+
+// images and weights: one or two, as for conv_pool. The workspace stays as kernels leave it.
+void feature_distance(const std::vector<Array>& images, const std::vector<Array>& weights,
+                      const std::optional<Array>& scale, const std::optional<Array>& bias,
+                      const std::array<int, 2>& paddings, const Array& out, const Array& workspace,
+                      int multiprocessors) {
+  const bool paired = images.size() == 2;
+  const Buffer first = source("first", images[0]), weight_first = source("weight_first", weights[0]);
+  const Buffer second = source("second", images.back()), weight_second = source("weight_second", weights.back());
+  const Buffer to = result("out", out);
+  const Buffer room("workspace", reinterpret_cast<void*>(workspace.pointer), workspace.bytes(), /*writable=*/true,
+                    /*initialised=*/true);
+  const OptionalSource scales("scale", scale), biases("bias", bias);
+  cuda::FeatureDistance call{};
+  call.first = convolution_of(images[0], first, weights[0], weight_first, paddings[0]);
+  call.second = convolution_of(images.back(), second, weights.back(), weight_second, paddings[paired ? 1 : 0]);
+  call.paired = paired;
+  call.made = made_of(call.first, out, /*pool=*/false, /*pool_padding=*/0);
+  call.outputs = static_cast<int>(weights[0].sizes[0]);
+  call.scale = scales.data(), call.bias = biases.data();
+  call.out = to.as<float>();
+  call.workspace = room.as<float>(), call.workspace_size = workspace.sizes[0];
+  call.number = images[0].number();
+  call.multiprocessors = multiprocessors;
+  cuda::launch_feature_distance(call, nullptr);
+  take(to);
+  room.download();
+}
+
 }  // namespace
 
 }  // namespace efficientad_fast::simt
@@ -300,6 +395,8 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   m.def("have_rows", &simt::have_rows);
   m.def("loss_gradient", &simt::loss_gradient);
   m.def("preprocess", &simt::preprocess);
+  m.def("conv_pool", &simt::conv_pool);
+  m.def("feature_distance", &simt::feature_distance);
   m.def("quantile", &simt::quantile);
   m.def("quantile_count", &simt::quantile_count);
 }

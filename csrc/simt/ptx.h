@@ -8,7 +8,7 @@
 
 namespace efficientad_fast::cuda {
 
-template <int kBytes>
+template <int kBytes, bool kKept = kBytes != 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool taken) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
   simt::copy_async(shared, global, kBytes, taken);

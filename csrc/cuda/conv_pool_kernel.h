@@ -1,0 +1,454 @@
+// conv_pool on a GPU, in mixed precision: device code and launches, without framework types.
+// efficientad_fast/ops/conv_pool.py is the contract.
+
+#pragma once
+
+#include "device.h"
+#include "implicit_gemm.h"
+#include "numbers.h"
+#include "ptx.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace efficientad_fast::cuda {
+
+struct ConvPool {
+  Convolution convolution;
+  Made made;
+  int groups, group_outputs;
+  const float* scale;  // or nullptr, as bias
+  const float* bias;
+  bool relu;
+  void* out;  // (N, h, w, outputs of all groups)
+  Number number, out_number;
+  int multiprocessors;
+
+  // The rest is set by the launch.
+  bool wide_stores, wide_statistics;
+};
+
+template <Number kOut>
+inline constexpr int kRun = 16 / bytes_of(kOut);
+
+inline __device__ int run_of(Number out) { return 16 / bytes_of(out); }
+
+// 32 bits of a run, from its number `first` on.
+template <Number kOut>
+__device__ __forceinline__ unsigned word_of(const float* numbers) {
+  if constexpr (kOut == Number::kFloat32) {
+    return __float_as_uint(numbers[0]);
+  } else if constexpr (kOut == Number::kFloat16) {
+    const __half2 pair = __floats2half2_rn(numbers[0], numbers[1]);
+    return *reinterpret_cast<const unsigned*>(&pair);
+  } else if constexpr (kOut == Number::kBFloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(numbers[0], numbers[1]);
+    return *reinterpret_cast<const unsigned*>(&pair);
+  } else {
+    return to_e4m3(numbers[0], numbers[1]) | static_cast<unsigned>(to_e4m3(numbers[2], numbers[3])) << 16;
+  }
+}
+
+template <Number kOut>
+__device__ __forceinline__ void store_number(void* out, int64_t index, float number) {
+  if constexpr (kOut == Number::kFloat32) {
+    static_cast<float*>(out)[index] = number;
+  } else if constexpr (kOut == Number::kFloat16) {
+    static_cast<__half*>(out)[index] = __float2half_rn(number);
+  } else if constexpr (kOut == Number::kBFloat16) {
+    static_cast<__nv_bfloat16*>(out)[index] = __float2bfloat16_rn(number);
+  } else {
+    static_cast<unsigned char*>(out)[index] = static_cast<unsigned char>(to_e4m3(number, 0));
+  }
+}
+
+// A run of one pixel, of which `count` outputs are there.
+template <Number kOut>
+__device__ __forceinline__ void store_run(const ConvPool& p, int64_t index, const float (&numbers)[kRun<kOut>],
+                                          int count) {
+  constexpr int kOfWord = kRun<kOut> / 4;
+  if (p.wide_stores && count >= kRun<kOut>) {
+    auto* const to = reinterpret_cast<uint4*>(static_cast<unsigned char*>(p.out) + index * bytes_of(kOut));
+    *to = make_uint4(word_of<kOut>(numbers), word_of<kOut>(numbers + kOfWord), word_of<kOut>(numbers + 2 * kOfWord),
+                     word_of<kOut>(numbers + 3 * kOfWord));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun<kOut>; ++i) {
+      if (i < count) {
+        store_number<kOut>(p.out, index + i, numbers[i]);
+      }
+    }
+  }
+}
+
+// A run of scales or biases; what is not given or there is `otherwise`.
+template <int kCount>
+__device__ __forceinline__ void load_statistics(float (&numbers)[kCount], const float* from, int output, int count,
+                                                bool wide, float otherwise) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    numbers[i] = otherwise;
+  }
+  if (from == nullptr) {
+    return;
+  }
+  if (wide && count >= kCount) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + output + i);
+      numbers[i] = four.x, numbers[i + 1] = four.y, numbers[i + 2] = four.z, numbers[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i < count) {
+        numbers[i] = from[output + i];
+      }
+    }
+  }
+}
+
+// The number where it is `inside` and not below `floor`, NaN too, else zero.
+__device__ __forceinline__ float rectified(float number, float floor, bool inside) {
+  return inside && !(number < floor) ? number : 0.0f;
+}
+
+__device__ __forceinline__ float floor_of(const ConvPool& p) {
+  return p.relu ? 0.0f : -std::numeric_limits<float>::infinity();
+}
+
+// Calls `body` with each run of a thread's outputs: its first sums and output, how many there are, scales, biases.
+template <Number kOut, typename Body>
+__device__ __forceinline__ void for_each_run(const ConvPool& p, int first_output, int last_output, const Body& body) {
+#pragma unroll
+  for (int run = 0; run < 16 / kRun<kOut>; ++run) {
+    const int output = first_output + run * (4 * kRun<kOut>) + threadIdx.x % 4 * kRun<kOut>;
+    const int count = last_output - output;
+    if (count > 0) {
+      float scale[kRun<kOut>], bias[kRun<kOut>];
+      load_statistics(scale, p.scale, output, count, p.wide_statistics, 1.0f);
+      load_statistics(bias, p.bias, output, count, p.wide_statistics, 0.0f);
+      body(run * (kRun<kOut> / 2), output, count, scale, bias);
+    }
+  }
+}
+
+// Pixels `upper` and `lower` of the result, where they are there (not negative).
+template <Number kOut>
+__device__ __forceinline__ void write_pixels(const ConvPool& p, const float (&sums)[kOutputTiles][4], int first_output,
+                                             int last_output, int upper, int lower) {
+  const int64_t channels = int64_t{p.groups} * p.group_outputs;
+  const float floor = floor_of(p);
+  for_each_run<kOut>(p, first_output, last_output, [&](int tile, int output, int count, const auto& scale,
+                                                       const auto& bias) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int pixel = v == 0 ? upper : lower;
+      if (pixel >= 0) {
+        float made[kRun<kOut>];
+#pragma unroll
+        for (int i = 0; i < kRun<kOut>; ++i) {
+          made[i] = rectified(__fmaf_rn(sums[tile + i / 2][2 * v + i % 2], scale[i], bias[i]), floor, true);
+        }
+        store_run<kOut>(p, pixel * channels + output, made, count);
+      }
+    }
+  });
+}
+
+// The quad's four pixels that lie in what the convolution makes: bit 2 v + h. The others count as zeros.
+__device__ __forceinline__ unsigned made_of_quad(const Made& made, int y, int x) {
+  unsigned inside = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = 2 * y - made.pool_padding + i / 2, column = 2 * x - made.pool_padding + i % 2;
+    inside |= (row >= 0 && row < made.height && column >= 0 && column < made.width ? 1u : 0u) << i;
+  }
+  return inside;
+}
+
+// Pixel `pixel` of the result, the mean of a quad, whose left sums are in `left` and right ones in `right`.
+template <Number kOut>
+__device__ __forceinline__ void write_quad(const ConvPool& p, const float (&left)[kOutputTiles][4],
+                                           const float (&right)[kOutputTiles][4], int first_output, int last_output,
+                                           int pixel, unsigned inside) {
+  const int64_t channels = int64_t{p.groups} * p.group_outputs;
+  const float floor = floor_of(p);
+  for_each_run<kOut>(p, first_output, last_output, [&](int tile, int output, int count, const auto& scale,
+                                                       const auto& bias) {
+    float means[kRun<kOut>];
+#pragma unroll
+    for (int i = 0; i < kRun<kOut>; ++i) {
+      float total = 0;
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        const int k = 2 * v + i % 2;
+        total += rectified(__fmaf_rn(left[tile + i / 2][k], scale[i], bias[i]), floor, (inside >> (2 * v) & 1u) != 0);
+        total +=
+            rectified(__fmaf_rn(right[tile + i / 2][k], scale[i], bias[i]), floor, (inside >> (2 * v + 1) & 1u) != 0);
+      }
+      means[i] = 0.25f * total;
+    }
+    store_run<kOut>(p, pixel * channels + output, means, count);
+  });
+}
+
+// Calls `body` with a constant of the type that the result has.
+template <typename Body>
+__device__ __forceinline__ void with_number(Number number, const Body& body) {
+  switch (number) {
+    case Number::kFloat16: return body(std::integral_constant<Number, Number::kFloat16>{});
+    case Number::kBFloat16: return body(std::integral_constant<Number, Number::kBFloat16>{});
+    case Number::kE4m3: return body(std::integral_constant<Number, Number::kE4m3>{});
+    default: return body(std::integral_constant<Number, Number::kFloat32>{});
+  }
+}
+
+inline __host__ __device__ int output_tiles_of(const ConvPool& p) {
+  return (p.group_outputs + kTileOutputs - 1) / kTileOutputs;
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads) conv_pool(const ConvPool p) {
+  // Blocks beside each other read the same pixels.
+  const int output_tiles = output_tiles_of(p), of_pixels = output_tiles * p.groups;
+  const int tile = blockIdx.x / of_pixels, group = blockIdx.x % of_pixels / output_tiles;
+  const int last_output = (group + 1) * p.group_outputs;
+  const int block_output = group * p.group_outputs + blockIdx.x % output_tiles * kTileOutputs;
+  Sums<Tile::kWarpTiles> sums;
+  sum_products<Tile, false>(sums, p.convolution, p.convolution, /*paired=*/false, p.made, tile, group, block_output,
+                            last_output, run_of(p.out_number));
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+  const int first_output = block_output + warp % 2 * kWarpOutputs;
+  const int first_row = tile * Tile::kPixels + warp / 2 * Tile::kWarpPixels;
+  with_number(p.out_number, [&](auto number) {
+    if (p.made.pool) {
+#pragma unroll
+      for (int i = 0; i < Tile::kWarpTiles; i += 2) {
+        const int quad = first_row / 4 + 4 * i + g;
+        if (quad < p.made.count) {
+          unsigned inside = 15;
+          if (p.made.pool_padding > 0) {
+            const Place place = place_of(quad, p.made.out_height, p.made.out_width);
+            inside = made_of_quad(p.made, place.y, place.x);
+          }
+          write_quad<decltype(number)::value>(p, sums[i], sums[i + 1], first_output, last_output, quad, inside);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < Tile::kWarpTiles; ++i) {
+        const int upper = first_row + 16 * i + g, lower = upper + 8;
+        write_pixels<decltype(number)::value>(p, sums[i], first_output, last_output, upper < p.made.count ? upper : -1,
+                                              lower < p.made.count ? lower : -1);
+      }
+    }
+  });
+}
+
+// The stem: a 4 x 4 kernel over up to 4 channels, pooled. All of its depth, 64, is multiplied at once. A warp keeps the
+// weights of 64 outputs in registers and goes through tiles of the image, of which the next is copied meanwhile. The
+// depth is ordered so that what a lane multiplies is one pixel's 4 channels: k = 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of step s
+// stand for row s and column t of the kernel.
+
+inline constexpr int kStemKernel = 4, kStemChannels = 4;
+inline constexpr int kStemThreads = 128;
+inline constexpr int kStemOutputs = kStemThreads / 32 * kWarpOutputs;
+inline constexpr int kStemRows = 4, kStemColumns = 16;  // of a tile, pooled
+inline constexpr int kStemImageRows = 2 * kStemRows + kStemKernel - 1;
+inline constexpr int kStemImageColumns = 2 * kStemColumns + kStemKernel - 1;
+inline constexpr int kStemPixelBytes = 2 * kStemChannels;
+
+struct StemTiles {
+  int rows, columns, count;  // of an image; of all
+
+  __host__ __device__ explicit StemTiles(const Made& made)
+      : rows((made.out_height + kStemRows - 1) / kStemRows),
+        columns((made.out_width + kStemColumns - 1) / kStemColumns),
+        count(made.count / (made.out_height * made.out_width) * rows * columns) {}
+
+  // The tile's image, and the first row and column of the result in it.
+  __device__ __forceinline__ Place operator[](int tile) const {
+    const Place place = place_of(tile, rows, columns);
+    return {place.image, place.y * kStemRows, place.x * kStemColumns};
+  }
+};
+
+// 8 bytes: the channels of a pixel or a tap, with zeros for those that there are not.
+__device__ __forceinline__ uint2 four_channels(const unsigned char* from, int channels, bool wide) {
+  if (wide) {
+    return *reinterpret_cast<const uint2*>(from);
+  }
+  unsigned bits[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    bits[c] = c < channels ? bits_at<Number::kFloat16>(from + 2 * c) : 0;
+  }
+  return make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+}
+
+inline __host__ __device__ bool is_wide_stem(const Convolution& from) {
+  const auto whole = [](int64_t numbers) { return numbers % kStemChannels == 0; };
+  return from.channels == kStemChannels && whole(from.image_stride) && whole(from.row_stride) &&
+         whole(from.pixel_stride) && reinterpret_cast<uintptr_t>(from.images) % kStemPixelBytes == 0 &&
+         reinterpret_cast<uintptr_t>(from.weights) % kStemPixelBytes == 0;
+}
+
+__device__ __forceinline__ void load_stem_tile(unsigned char* to, const ConvPool& p, const Place& tile, bool wide) {
+  const Convolution& from = p.convolution;
+  const auto* const image = static_cast<const unsigned char*>(from.images) + tile.image * from.image_stride * 2;
+  const int first_y = 2 * tile.y - p.made.pool_padding - from.padding;
+  const int first_x = 2 * tile.x - p.made.pool_padding - from.padding;
+  for (int i = threadIdx.x; i < kStemImageRows * kStemImageColumns; i += kStemThreads) {
+    const int y = first_y + i / kStemImageColumns, x = first_x + i % kStemImageColumns;
+    const bool inside = y >= 0 && y < from.height && x >= 0 && x < from.width;
+    const auto* const pixel = image + (y * from.row_stride + x * from.pixel_stride) * 2;
+    if (wide) {
+      copy_async<kStemPixelBytes>(to + i * kStemPixelBytes, pixel, inside);
+    } else {
+      *reinterpret_cast<uint2*>(to + i * kStemPixelBytes) =
+          inside ? four_channels(pixel, from.channels, false) : make_uint2(0, 0);
+    }
+  }
+}
+
+template <Number kNumber>
+__global__ void __launch_bounds__(kStemThreads) conv_pool_stem(const ConvPool p) {
+  __shared__ __align__(16) unsigned char pixels[2 * kStemImageRows * kStemImageColumns * kStemPixelBytes];
+  constexpr int kTileBytes = kStemImageRows * kStemImageColumns * kStemPixelBytes;
+  const StemTiles tiles(p.made);
+  const bool wide = is_wide_stem(p.convolution);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int first_output = blockIdx.y * kStemOutputs + threadIdx.x / 32 * kWarpOutputs;
+  unsigned weights[kStemKernel][kOutputTiles][2];
+#pragma unroll
+  for (int j = 0; j < kOutputTiles; ++j) {
+    const int output = first_output + output_of_column(8 * j + g, run_of(p.out_number));
+    const auto* const of_output = static_cast<const unsigned char*>(p.convolution.weights) +
+                                  int64_t{output} * (kStemKernel * kStemKernel * 2 * p.convolution.channels);
+#pragma unroll
+    for (int s = 0; s < kStemKernel; ++s) {
+      const int tap = s * kStemKernel + t;
+      const uint2 four = output < p.group_outputs
+                             ? four_channels(of_output + tap * 2 * p.convolution.channels, p.convolution.channels, wide)
+                             : make_uint2(0, 0);
+      weights[s][j][0] = four.x, weights[s][j][1] = four.y;
+    }
+  }
+
+  int buffer = 0;
+  load_stem_tile(pixels, p, tiles[blockIdx.x], wide);
+  commit_copies();
+  for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x, buffer ^= 1) {
+    if (const int next = tile + gridDim.x; next < tiles.count) {
+      load_stem_tile(pixels + (buffer ^ 1) * kTileBytes, p, tiles[next], wide);
+    }
+    commit_copies();
+    wait_for_copies<1>();
+    __syncthreads();
+    const Place place = tiles[tile];
+#pragma unroll 1
+    for (int part = 0; part < kStemRows * kStemColumns / 8; ++part) {
+      const int row = part / (kStemColumns / 8), column = part % (kStemColumns / 8) * 8 + g;
+      Sums<2> sums = {};
+      const unsigned char* const first =
+          pixels + buffer * kTileBytes + (2 * row * kStemImageColumns + 2 * column + t) * kStemPixelBytes;
+      uint2 four[kStemKernel + 1][2];  // by row of the image; for the left and right pixels of quads
+#pragma unroll
+      for (int y = 0; y <= kStemKernel; ++y) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          four[y][h] = *reinterpret_cast<const uint2*>(first + (y * kStemImageColumns + h) * kStemPixelBytes);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kStemKernel; ++s) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const unsigned rows[4] = {four[s][h].x, four[s + 1][h].x, four[s][h].y, four[s + 1][h].y};
+#pragma unroll
+          for (int j = 0; j < kOutputTiles; ++j) {
+            multiply_add<kProductOfNumber<kNumber>>(sums[h][j], rows, weights[s][j]);
+          }
+        }
+      }
+      const int y = place.y + row, x = place.x + column;
+      if (y < p.made.out_height && x < p.made.out_width) {
+        const int quad = (place.image * p.made.out_height + y) * p.made.out_width + x;
+        const unsigned inside = p.made.pool_padding > 0 ? made_of_quad(p.made, y, x) : 15u;
+        with_number(p.out_number, [&](auto number) {
+          write_quad<decltype(number)::value>(p, sums[0], sums[1], first_output, p.group_outputs, quad, inside);
+        });
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <typename Tile>
+inline int64_t conv_pool_blocks(const ConvPool& call) {
+  const int64_t pixels = int64_t{call.made.count} * (call.made.pool ? 4 : 1);
+  return (pixels + Tile::kPixels - 1) / Tile::kPixels * call.groups * output_tiles_of(call);
+}
+
+template <typename Tile>
+inline void launch_conv_pool_tiles(const ConvPool& call, cudaStream_t stream) {
+  launch(conv_pool<Tile>, dim3(static_cast<unsigned>(conv_pool_blocks<Tile>(call))), dim3(Tile::kThreads),
+         kImplicitGemmSharedBytes, stream, call);
+}
+
+template <Number kNumber>
+inline void launch_conv_pool_of(const ConvPool& call, cudaStream_t stream) {
+  if (!call.convolution.is_wide(kNumber)) {
+    return launch_conv_pool_tiles<SmallGemm<kNumber, false>>(call, stream);
+  }
+  if constexpr (kNumber != Number::kFloat32) {
+    if (conv_pool_blocks<LargeGemm<kNumber>>(call) >= kBlocksOfMultiprocessor * int64_t{call.multiprocessors}) {
+      return launch_conv_pool_tiles<LargeGemm<kNumber>>(call, stream);
+    }
+  }
+  launch_conv_pool_tiles<SmallGemm<kNumber, true>>(call, stream);
+}
+
+inline bool is_stem(const ConvPool& call) {
+  const bool narrow = call.number == Number::kFloat16 || call.number == Number::kBFloat16;
+  return narrow && call.made.pool && call.groups == 1 && call.convolution.kernel == kStemKernel &&
+         call.convolution.channels <= kStemChannels;
+}
+
+template <Number kNumber>
+inline void launch_conv_pool_stem(const ConvPool& call, cudaStream_t stream) {
+  const int parts = (call.group_outputs + kStemOutputs - 1) / kStemOutputs;
+  const int most = std::max(kBlocksOfMultiprocessor * call.multiprocessors / parts, 1);
+  launch(conv_pool_stem<kNumber>, dim3(std::min(StemTiles(call.made).count, most), parts), dim3(kStemThreads), 0,
+         stream, call);
+}
+
+// The most blocks that a launch may have.
+inline int64_t conv_pool_most_blocks(const ConvPool& call) {
+  return conv_pool_blocks<SmallGemm<Number::kFloat16, true>>(call);
+}
+
+inline void launch_conv_pool(ConvPool call, cudaStream_t stream) {
+  const int bytes = bytes_of(call.out_number);
+  call.wide_stores = is_aligned(call.out) && call.group_outputs * bytes % 16 == 0;
+  call.wide_statistics = is_aligned(call.scale) && is_aligned(call.bias) && call.group_outputs % 4 == 0;
+  if (call.made.count == 0) {
+    return;
+  }
+  if (is_stem(call)) {
+    call.number == Number::kFloat16 ? launch_conv_pool_stem<Number::kFloat16>(call, stream)
+                                    : launch_conv_pool_stem<Number::kBFloat16>(call, stream);
+    return;
+  }
+  switch (call.number) {
+    case Number::kFloat16: return launch_conv_pool_of<Number::kFloat16>(call, stream);
+    case Number::kBFloat16: return launch_conv_pool_of<Number::kBFloat16>(call, stream);
+    case Number::kE4m3: return launch_conv_pool_of<Number::kE4m3>(call, stream);
+    default: return launch_conv_pool_of<Number::kFloat32>(call, stream);
+  }
+}
+
+}  // namespace efficientad_fast::cuda
