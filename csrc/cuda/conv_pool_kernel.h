@@ -250,8 +250,8 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_pool(const ConvPool p) {
 
 // The stem: a 4 x 4 kernel over up to 4 channels, pooled. All of its depth, 64, is multiplied at once. A warp keeps the
 // weights of 64 outputs in registers and goes through tiles of the image, of which the next is copied meanwhile. The
-// depth is ordered so that what a lane multiplies is one pixel's 4 channels: k = 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of step s
-// stand for row s and column t of the kernel.
+// depth is ordered so that what a lane multiplies is one pixel's 4 channels: of step s, k = 2 t, 2 t + 1, 2 t + 8 and
+// 2 t + 9 stand for row s and column t of the kernel.
 
 inline constexpr int kStemKernel = 4, kStemChannels = 4;
 inline constexpr int kStemThreads = 128;

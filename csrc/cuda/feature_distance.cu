@@ -22,8 +22,9 @@ using feature_distance::kName;
 using torch::stable::accelerator::DeviceGuard;
 
 void feature_distance_mixed(const Tensor& first, const Tensor& weight_first, std::optional<Tensor> second,
-                            std::optional<Tensor> weight_second, std::optional<Tensor> scale, std::optional<Tensor> bias,
-                            int64_t padding_first, int64_t padding_second, Tensor out, Tensor workspace) {
+                            std::optional<Tensor> weight_second, std::optional<Tensor> scale,
+                            std::optional<Tensor> bias, int64_t padding_first, int64_t padding_second, Tensor out,
+                            Tensor workspace) {
   feature_distance::check_mixed(first, weight_first, second, weight_second, scale, bias, padding_first, padding_second,
                                 out, workspace, /*cuda=*/true);
   cuda::require_products(kName, "first", first);

@@ -2,8 +2,8 @@
 // efficientad_fast/ops/feature_distance.py is the contract.
 //
 // A block sums both convolutions of 128 outputs for a tile of pixels, one behind the other, in the same registers, and
-// squares and adds them there. Each of the blocks that have a tile's outputs writes its sums; the last to be done adds all
-// of them, in order, so that who comes when changes no bit.
+// squares and adds them there. Each of the blocks that have a tile's outputs writes its sums; the last to be done adds
+// all of them, in order, so that who comes when changes no bit.
 
 #pragma once
 

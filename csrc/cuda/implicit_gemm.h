@@ -1,9 +1,9 @@
 // Convolutions as products of matrices on tensor cores, for conv_pool and feature_distance.
 //
 // The left matrix has a row for every pixel that a convolution makes, the right one a column for every output; they are
-// as deep as the kernel's taps times the channels. A block multiplies a tile of both: it copies pieces of 64 bytes of
-// as deep as the kernel's taps times the channels. A block multiplies a tile of both: it copies pieces of 64 bytes of each
-// row to shared memory, several pieces ahead of those that it multiplies. The left matrix is never written: a row's
+// as deep as the kernel's taps times the channels. A block multiplies a tile of both: of each row it copies pieces of 64
+// bytes to shared memory, several pieces ahead of those that it multiplies. The left matrix is never written: a row's
+// piece is where its pixel, moved by the tap, lies in the image. Rows need not be neighbours there: pixels count
 // through images without regard to their borders, and only the last tile is not full.
 
 #pragma once
@@ -340,8 +340,8 @@ __device__ __forceinline__ int pieces_of(const Convolution& from) {
   return (from.kernel * from.kernel * from.channels + Tile::kDepth - 1) / Tile::kDepth;
 }
 
-// sums = the products of `first` or, where there is a second, those of `second` less those of `first`: kTwo says that there
-// may be one, `paired` that there is. To be called by the whole block.
+// sums = the products of `first` or, where there is a second, those of `second` less those of `first`: kTwo says that
+// there may be one, `paired` that there is. To be called by the whole block.
 template <typename Tile, bool kTwo>
 __device__ __forceinline__ void sum_products(Sums<Tile::kWarpTiles>& sums, const Convolution& first,
                                              const Convolution& second, bool paired, const Made& made, int tile,

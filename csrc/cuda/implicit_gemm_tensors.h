@@ -61,8 +61,8 @@ inline Tensor new_images(const Tensor& like, int64_t images, int64_t channels, i
   return channels_in_front(torch::stable::new_empty(like, {images, height, width, channels}));
 }
 
-// A convolution's operands; copies are held of images whose channels are not next to each other, and of weights that are
-// not channels-last.
+// A convolution's operands; copies are held of images whose channels are not next to each other, and of weights that
+// are not channels-last.
 class Operands {
  public:
   Operands(const char* operator_name, const char* name, const Tensor& images, const Tensor& weight, int64_t padding)
