@@ -3,8 +3,8 @@
 // The left matrix has a row for every pixel that a convolution makes, the right one a column for every output; they are
 // as deep as the kernel's taps times the channels. A block multiplies a tile of both: of each row it copies pieces of
 // 64 bytes to shared memory, several pieces ahead of those that it multiplies. The left matrix is never written: the
-// piece of a row is where its pixel, moved by the tap, lies in the image. Rows need not be neighbours there: pixels count
-// through images without regard to their borders, and only the last tile is not full.
+// piece of a row is where its pixel, moved by the tap, lies in the image. Rows need not be neighbours there: pixels
+// count through images without regard to their borders, and only the last tile is not full.
 
 #pragma once
 
