@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import emulated
 import pytest
 import torch
 from assertions import assert_close
@@ -586,3 +587,15 @@ def test_an_image_from_end_to_end_in_the_interpreter(plain: PlanInput, tmp_path:
     expected_scores, expected_maps = trusted.run(images(), [(256, 256)])
     assert_close(scores, expected_scores, tolerance("mixed map", torch.float16), "scores")
     assert_close(maps[0], expected_maps[0], tolerance("mixed map", torch.float16), "map")
+
+
+# In the emulator of CUDA C++
+
+
+def test_an_image_from_end_to_end_in_the_emulator(plain: PlanInput, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of EfficientAD-S by the CUDA C++ kernels, two blocks at a time."""
+    monkeypatch.setattr(MixedPlan, "_operator", lambda plan, name: emulated.FUNCTIONS[name])
+    plan = MixedPlan(plain, CPU, torch.float16)
+    with emulated.shuffled(order=1):
+        raw = plan.raw_maps(images())
+    assert_maps(raw, trusted_maps(), tolerance("mixed map", torch.float16))

@@ -189,7 +189,7 @@ __device__ __forceinline__ void finish_loss(const HardFeatureLoss& p, const unsi
       mine += static_cast<double>(counts[bin]) * number_of(prefix[kHighSlot] << kDigitBits<kLast> | bin);
     }
   }
-  for (int block = threadIdx.x; block < gridDim.x; block += kLossThreads) {
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kLossThreads) {
     mine += workspace.sums[block];
   }
   double sum = loss_block_sum(mine);

@@ -181,13 +181,13 @@ __device__ __forceinline__ void select_digit(Selection<kSlots>& selection, unsig
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     const unsigned long long before = __shfl_up_sync(0xffffffffu, end, distance);
-    end += threadIdx.x % 32 >= distance ? before : 0;
+    end += static_cast<int>(threadIdx.x % 32) >= distance ? before : 0;
   }
   if (threadIdx.x % 32 == 31) {
     of_warp[threadIdx.x / 32] = end;
   }
   __syncthreads();
-  for (int warp = slot * (kSlotThreads / 32); warp < threadIdx.x / 32; ++warp) {
+  for (int warp = slot * (kSlotThreads / 32); warp < static_cast<int>(threadIdx.x / 32); ++warp) {
     end += of_warp[warp];
   }
   if (rank < end && rank >= end - mine) {
