@@ -395,6 +395,16 @@ def test_implementations_of_a_step_are_compared_and_timed() -> None:
         patch.setattr(ops, "resolve", lambda namespace, name: wrong)
         assert worker.by_implementation(step, Clock(), ("cpu",)) == {"cpu": None}
 
+    def near(*args: Any, **kwargs: Any) -> None:
+        run()
+        out.mul_(1.01)
+
+    narrow = step._replace(inputs=(torch.zeros(1, dtype=torch.float8_e4m3fn),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "resolve", lambda namespace, name: near)
+        assert worker.by_implementation(step, Clock(), ("cpu",)) == {"cpu": None}
+        assert worker.by_implementation(narrow, Clock(), ("cpu",)) == {"cpu": 1e-4}
+
 
 def test_floors_stand_beside_steps_and_the_farthest_comes_first() -> None:
     pytest.importorskip("triton")

@@ -464,10 +464,13 @@ def test_without_triton_or_with_other_networks(
     with pytest.warns(RuntimeWarning, match="the networks are not PatchDescriptionNetwork"):
         assert type(build_plan(other, GPU, torch.float16)) is StandingReference
     monkeypatch.setattr(ops, "has_kernel", lambda implementation, name, device: name != "autoencoder.mixed")
-    with pytest.raises(BackendError, match=r"no kernel of autoencoder\.mixed; .* says more\. Use"):
+    monkeypatch.setattr(native, "why_not_built", lambda name: "off")
+    reason = r"no kernel of autoencoder\.mixed: the CUDA library was not built \(off\); .* says more\. Use"
+    with pytest.raises(BackendError, match=reason):
         build_plan(plain, GPU, torch.float16, backend="operators")
     monkeypatch.setattr(ops, "works_on", lambda implementation, device: False)
-    with pytest.warns(RuntimeWarning, match="Triton is not installed"):
+    monkeypatch.setattr(native, "why_not_built", lambda name: None)
+    with pytest.warns(RuntimeWarning, match=r"Triton is not installed, .*, and the CUDA library was built for other"):
         assert type(build_plan(plain, GPU, torch.float16)) is StandingReference
     assert default_dtype(GPU, plain) == torch.float32
 

@@ -10,7 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
-#include <string>
+#include <utility>
 #include <vector>
 
 namespace efficientad_fast {
@@ -19,16 +19,6 @@ namespace {
 
 using autoencoder::kName;
 using torch::stable::accelerator::DeviceGuard;
-
-// Tensor cores' own conversion narrows the result.
-void require_e4m3(const Tensor& out) {
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, out.get_device_index());
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, out.get_device_index());
-  EFFICIENTAD_FAST_REQUIRE(10 * major + minor >= 89, kName, "out",
-                           "of another dtype than float8_e4m3fn on a GPU of compute capability below 8.9",
-                           "one of " + std::to_string(major) + "." + std::to_string(minor));
-}
 
 // As it is where channels are next to each other in memory, else a copy in which they are.
 Tensor channels_last(const Tensor& given) {
@@ -56,10 +46,12 @@ void autoencoder_mixed(const Tensor& image, std::vector<Tensor> weights, std::ve
     EFFICIENTAD_FAST_REQUIRE(numbers <= cuda::kBlockLimit, kName, "image",
                              "of fewer pixels on a GPU: no layer may write more than 2^31 numbers of one", numbers);
   }
-  const DeviceGuard guard(image.get_device_index());
-  if (out.scalar_type() == ScalarType::Float8_e4m3fn) {
-    require_e4m3(out);
+  for (const auto& [name, given] : {std::pair<const char*, const Tensor&>{"image", image}, {"out", out}}) {
+    if (given.scalar_type() != ScalarType::Float) {  // for which there is a plain way
+      cuda::require_products(kName, name, given);
+    }
   }
+  const DeviceGuard guard(image.get_device_index());
   if (image.size(0) == 0) {
     return;
   }

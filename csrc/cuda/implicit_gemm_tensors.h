@@ -8,11 +8,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <optional>
-#include <string>
 
 namespace efficientad_fast::cuda {
 
@@ -26,25 +23,8 @@ inline Number number_of(const Tensor& tensor) {
   }
 }
 
-inline int attribute_of(const Tensor& tensor, cudaDeviceAttr attribute) {
-  int value = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index()));
-  return value;
-}
-
 inline int multiprocessors_of(const Tensor& tensor) {
   return attribute_of(tensor, cudaDevAttrMultiProcessorCount);
-}
-
-// Refuses e4m3 on a GPU that has no products of it.
-inline void require_products(const char* operator_name, const char* name, const Tensor& given) {
-  if (given.scalar_type() == ScalarType::Float8_e4m3fn) {
-    const int major = attribute_of(given, cudaDevAttrComputeCapabilityMajor);
-    const int minor = attribute_of(given, cudaDevAttrComputeCapabilityMinor);
-    EFFICIENTAD_FAST_REQUIRE(10 * major + minor >= 89, operator_name, name,
-                             "of another dtype than float8_e4m3fn on a GPU of compute capability below 8.9",
-                             "one of " + std::to_string(major) + "." + std::to_string(minor));
-  }
 }
 
 // (N, C, H, W) as (N, H, W, C), and back.

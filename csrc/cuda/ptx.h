@@ -23,6 +23,32 @@ inline constexpr int kProductDepth = kProduct == Product::kE4m3 ? 32 : 16;
 
 #include "../simt/ptx.h"
 
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+
+// GPUs that have none of this: the library compiles for them, and the host refuses (tensors.h, require_products).
+namespace efficientad_fast::cuda {
+
+template <int kBytes, bool kKept = kBytes != 16>
+__device__ __forceinline__ void copy_async(void*, const void*, bool) { __trap(); }
+
+__device__ __forceinline__ void commit_copies() {}
+
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {}
+
+template <int kCount>
+__device__ __forceinline__ void load_matrices(unsigned (&)[kCount], const void*) { __trap(); }
+
+template <Product kProduct>
+__device__ __forceinline__ void multiply_add(float (&)[4], const unsigned (&)[4], const unsigned (&)[2]) { __trap(); }
+
+__device__ __forceinline__ unsigned short to_e4m3(float, float) {
+  __trap();
+  return 0;
+}
+
+}  // namespace efficientad_fast::cuda
+
 #else
 
 namespace efficientad_fast::cuda {

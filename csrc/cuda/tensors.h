@@ -6,11 +6,13 @@
 #include "numbers.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
 
 namespace efficientad_fast::cuda {
 
@@ -29,6 +31,22 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+inline int attribute_of(const Tensor& tensor, cudaDeviceAttr attribute) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index()));
+  return value;
+}
+
+// Refuses a tensor on a GPU without the instructions of ptx.h, and e4m3 on one without those for e4m3.
+inline void require_products(const char* operator_name, const char* name, const Tensor& given) {
+  const int major = attribute_of(given, cudaDevAttrComputeCapabilityMajor);
+  const int minor = attribute_of(given, cudaDevAttrComputeCapabilityMinor);
+  const std::string found = "one of " + std::to_string(major) + "." + std::to_string(minor);
+  EFFICIENTAD_FAST_REQUIRE(major >= 8, operator_name, name, "on a GPU of compute capability 8.0 or newer", found);
+  EFFICIENTAD_FAST_REQUIRE(given.scalar_type() != ScalarType::Float8_e4m3fn || 10 * major + minor >= 89, operator_name,
+                           name, "of another dtype than float8_e4m3fn on a GPU of compute capability below 8.9", found);
 }
 
 // Kernels index sides with 32 bits, and so does a launch its blocks.

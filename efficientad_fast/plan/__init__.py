@@ -64,7 +64,7 @@ def build_plan(source: PlanInput, device: torch.device, dtype: torch.dtype, *, b
 
     A :class:`MixedPlan` on a GPU is tried on one image first, beside the networks in float32 (in float8, beside its
     operators' references), for its kernels were tried on few kinds of GPU. Where it fails, and where a GPU is too old
-    for it or lacks Triton, plain PyTorch runs, and a RuntimeWarning says why, once.
+    for it or there is neither Triton nor the CUDA library, plain PyTorch runs, and a RuntimeWarning says why, once.
 
     Raises:
         InputError: unknown backend, or float8 without activations; BackendError: the plan that was forced does not work
@@ -149,12 +149,17 @@ def _why_no_gpu_kernels(
     missing = [name for name in needed if not any(ops.has_kernel(one, name, "CUDA") for one in working)]
     if not missing:
         return None
-    reasons = [f"there is no kernel of {', '.join(missing)}" if working else "there are no kernels for this GPU"]
+    lacking = f"there is no kernel of {', '.join(missing)}" if working else "there are no kernels for this GPU"
+    reasons = []
     if "triton" in asked and "triton" not in working:
         reasons.append("Triton is not installed, or without this package's kernels")
-    if implementation == "cuda" and "cuda" not in working:
-        reasons.append(f"{native.why_not_built('cuda') or 'the CUDA library was built for others'}")
-    return f"{': '.join(reasons)}; `efficientad-fast info` says more"
+    if "cuda" in asked and "cuda" not in working:
+        why = native.why_not_built("cuda")
+        told = "was built for other GPUs, or does not load" if why is None else f"was not built ({why})"
+        reasons.append(f"the CUDA library {told}")
+    if reasons:
+        lacking += f": {', and '.join(reasons)}"
+    return f"{lacking}; `efficientad-fast info` says more"
 
 
 def _why_broken(plan: MixedPlan, source: PlanInput) -> str | None:
