@@ -11,6 +11,8 @@
 #              synccheck, 15 minutes each at most; after gpu-check, which builds what is tested. OPTIONS='-k quantile' chooses
 # make sanitize  build the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer (GCC) beside the normal one,
 #              and run the operators' tests with it
+# make fuzz-kernels  the CUDA C++ kernels in the emulator over many drawn shapes, others every time; half an hour and more;
+#              EXAMPLES=25 times as many as in the tests
 # make clean   remove what was built (the environment stays, and is completed by the next make)
 #
 # Settings, on the command line or in the environment:
@@ -43,7 +45,7 @@ SETTINGS := $(VENV)/.settings
 BUILD_INPUTS := setup.py build_backend.py pyproject.toml efficientad_fast/ops/schemas.inc \
                 $(shell find csrc -type f)
 
-.PHONY: help demo test lint bench kernel-report gpu-check gpu-peers gpu-sanitize sanitize clean FORCE
+.PHONY: help demo test lint bench kernel-report gpu-check gpu-peers gpu-sanitize sanitize fuzz-kernels clean FORCE
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -95,6 +97,12 @@ sanitize: $(TESTS)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTEST_ADDOPTS='--capture=sys -p no:faulthandler' \
 	EFFICIENTAD_FAST_LIBRARIES=$(SANITIZED)/efficientad_fast \
 	  $(BIN)/python -m pytest -q -k 'not cpu-reference' $(SANITIZED_TESTS)
+
+EXAMPLES ?= 25
+
+fuzz-kernels: $(TESTS)
+	EFFICIENTAD_FAST_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -k drawn_shapes -p no:cacheprovider \
+	  --hypothesis-seed=$$RANDOM tests/test_cuda_operators.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

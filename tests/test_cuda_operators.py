@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import emulated
@@ -341,9 +342,12 @@ def test_shared_variables_are_guarded() -> None:
 SECONDS_EACH = ("autoencoder",)
 """Operators of which a case takes so long that few are drawn."""
 
+TIMES = int(os.environ.get("EFFICIENTAD_FAST_EXAMPLES", "1"))
+"""As many shapes are drawn; `make fuzz-kernels` asks for more, and for others every time."""
+
 
 @pytest.mark.parametrize("operator", [one for one in OPERATORS if one not in SECONDS_EACH])
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40 * TIMES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_shapes(operator: str, data: st.DataObject) -> None:
     case = data.draw(cases_module(operator).strategy().filter(lambda drawn: drawn.overload in emulated.FUNCTIONS))
@@ -351,7 +355,7 @@ def test_drawn_shapes(operator: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("operator", SECONDS_EACH)
-@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=3 * TIMES, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(data=st.data())
 def test_few_drawn_shapes(operator: str, data: st.DataObject) -> None:
     drawn = cases_module(operator).strategy().filter(lambda case: case.overload in emulated.FUNCTIONS)
