@@ -211,7 +211,7 @@ inline __host__ __device__ int output_tiles_of(const ConvPool& p) {
 }
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) conv_pool(const ConvPool p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks) conv_pool(const ConvPool p) {
   // Blocks beside each other read the same pixels.
   const int output_tiles = output_tiles_of(p), of_pixels = output_tiles * p.groups;
   const int tile = blockIdx.x / of_pixels, group = blockIdx.x % of_pixels / output_tiles;
@@ -222,12 +222,12 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_pool(const ConvPool p) {
                             last_output, run_of(p.out_number));
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
   const int first_output = block_output + warp % 2 * kWarpOutputs;
-  const int first_row = tile * Tile::kPixels + warp / 2 * Tile::kWarpPixels;
   with_number(p.out_number, [&](auto number) {
     if (p.made.pool) {
+      const int first_quad = tile * (Tile::kPixels / 4) + warp / 2 * (Tile::kWarpPixels / 4);
 #pragma unroll
       for (int i = 0; i < Tile::kWarpTiles; i += 2) {
-        const int quad = first_row / 4 + 4 * i + g;
+        const int quad = first_quad + 4 * i + g;
         if (quad < p.made.count) {
           unsigned inside = 15;
           if (p.made.pool_padding > 0) {
@@ -238,9 +238,10 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_pool(const ConvPool p) {
         }
       }
     } else {
+      const int first_pixel = tile * Tile::kPixels + warp / 2 * Tile::kWarpPixels;
 #pragma unroll
       for (int i = 0; i < Tile::kWarpTiles; ++i) {
-        const int upper = first_row + 16 * i + g, lower = upper + 8;
+        const int upper = first_pixel + 16 * i + g, lower = upper + 8;
         write_pixels<decltype(number)::value>(p, sums[i], first_output, last_output, upper < p.made.count ? upper : -1,
                                               lower < p.made.count ? lower : -1);
       }

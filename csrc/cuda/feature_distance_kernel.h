@@ -36,9 +36,11 @@ inline __host__ __device__ int parts_of(const FeatureDistance& p) {
 }
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) feature_distance(const FeatureDistance p) {
-  __shared__ float squares[2 * Tile::kPixels];  // of each half of the outputs
-  __shared__ bool last;
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks) feature_distance(const FeatureDistance p) {
+  // Once products are done, of each half of the outputs, and whether this is the last block of a tile. What a launch is
+  // granted unasked would not have room for more.
+  EFFICIENTAD_FAST_DYNAMIC_SHARED(float, squares);
+  int& last = *reinterpret_cast<int*>(squares + 2 * Tile::kPixels);
   const int parts = parts_of(p), part = blockIdx.x % parts, tile = blockIdx.x / parts;
   const int block_output = part * kTileOutputs;
   constexpr int kRunOfOutputs = 16;
@@ -49,6 +51,7 @@ __global__ void __launch_bounds__(Tile::kThreads) feature_distance(const Feature
   // The difference is turned round where there are two, and so is the bias; its square is the same.
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int first_output = block_output + warp % 2 * kWarpOutputs + t * kRunOfOutputs;
+  __syncthreads();
   float totals[Tile::kWarpTiles][2] = {};
 #pragma unroll
   for (int i = 0; i < kRunOfOutputs; ++i) {
@@ -98,11 +101,11 @@ __global__ void __launch_bounds__(Tile::kThreads) feature_distance(const Feature
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(p.counts + tile, 1) == parts - 1;
+    last = atomicAdd(p.counts + tile, 1) == parts - 1 ? 1 : 0;
     __threadfence();
   }
   __syncthreads();
-  if (!last) {
+  if (last == 0) {
     return;
   }
   if (taken) {

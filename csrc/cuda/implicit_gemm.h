@@ -68,6 +68,8 @@ struct Tile {
   static constexpr int kWarpPixels = 16 * kWarpTiles;
   static constexpr int kPixels = kWarpPixels * kWarpRows;
   static constexpr int kThreads = 32 * 2 * kWarpRows;
+  // Of a multiprocessor. 0 leaves it to the compiler, which has some registers spilled for a third where it gathers.
+  static constexpr int kLeastBlocks = kWide ? 0 : 2;
   static constexpr int kStageBytes = (kPixels + kTileOutputs) * kPieceBytes;
   static constexpr int kStages = kImplicitGemmSharedBytes / kStageBytes;
   static constexpr int kDepth = kPieceBytes / bytes_of(kNumber);
@@ -235,7 +237,7 @@ class Loader {
     int y = y_, x = x_, channel = channel_;
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-#pragma unroll(kBytes == 1 ? 1 : kOfWord)
+#pragma unroll
       for (int i = 0; i < kOfWord; ++i) {
         if (y < kernel_) {
           const unsigned char* const place =
