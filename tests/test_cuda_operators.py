@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 
 import emulated
@@ -17,6 +18,7 @@ from cases import conv_pool as conv_pool_cases
 from cases import feature_distance as feature_distance_cases
 from cases import hard_feature_loss as loss_cases
 from cases import preprocess as preprocess_cases
+from conftest import ROOT
 from convolution_cases import eighth_channels, planes_first, some_channels, window
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -333,6 +335,16 @@ def test_maps_do_not_depend_on_the_order_of_blocks_and_leave_counts_of_zero() ->
         with emulated.shuffled(order):
             for one, case in zip(expected, (larger, smaller, larger), strict=True):
                 assert_close(maps(case), one, EXACT)
+
+
+def test_every_kernel_of_the_library_runs_here() -> None:
+    """But `identity`, which has no header of its own. The cases of what is not here would be passed over in silence."""
+    registered = {
+        name
+        for source in (ROOT / "csrc" / "cuda").glob("*.cu")
+        for name in re.findall(r'm\.impl\("([^"]+)"', source.read_text(encoding="utf-8"))
+    }
+    assert registered - {"identity"} == set(emulated.FUNCTIONS)
 
 
 def test_shared_variables_are_guarded() -> None:
