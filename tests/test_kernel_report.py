@@ -199,9 +199,10 @@ def test_faults() -> None:
         "needs 166913 bytes of shared memory, and a block has at most 166912": {"dynamic_shared": 162 * 1024 + 1},
         "has dynamic shared memory, and no constant": {"dynamic_shared": None},
         "needs 128 columns of tensor memory, and a multiprocessor has 0": {"tensor_memory": 128},
-        "is a heavy convolution and has no HMMA": {"heavy": True},
+        "is a heavy convolution and has no HMMA or QMMA": {"heavy": True},
         "is a heavy convolution and has no HGMMA or QGMMA": {
             "heavy": True,
+            "kind": "triton",
             "architecture": "sm_90",
             "counts": {"HMMA": 64, "all": 100},
         },
@@ -210,7 +211,26 @@ def test_faults() -> None:
         (fault,) = replace(FINE, **changes).faults()
         assert fault.startswith(expected)
     for name in ("HGMMA", "QGMMA"):
-        assert replace(FINE, heavy=True, architecture="sm_90", counts={name: 1}).faults() == []
+        assert replace(FINE, kind="triton", heavy=True, architecture="sm_90", counts={name: 1}).faults() == []
+    assert replace(FINE, heavy=True, architecture="sm_90", counts={"HMMA": 1}).faults() == []
+
+
+def test_which_cuda_kernels_are_heavy() -> None:
+    tile, e4m3 = "Tile<(Number)1, 2, 4, true> ", "Tile<(Number)3, 2, 4, true> "
+    assert compiling.is_heavy_cuda("conv_pool.cu conv_pool", tile, "sm_80")
+    assert compiling.is_heavy_cuda("feature_distance.cu feature_distance", e4m3, "sm_89")
+    assert compiling.is_heavy_cuda("autoencoder.cu convolve", "__half, TileShape<2, 16, 1, 1, 8, 3> ", "sm_80")
+    assert not compiling.is_heavy_cuda("feature_distance.cu feature_distance", e4m3, "sm_80")
+    assert not compiling.is_heavy_cuda("conv_pool.cu conv_pool", "Tile<(Number)0, 2, 2, true> ", "sm_90")
+    assert not compiling.is_heavy_cuda("quantile.cu count_digits", "2", "sm_90")
+
+
+def test_cuda_kernels_that_are_heavy_are_there() -> None:
+    """A kernel of another name would no longer be looked at."""
+    for one in compiling.HEAVY_CUDA:
+        file, _, function = one.partition(" ")
+        source = (ROOT / "csrc" / "cuda" / file).with_suffix("").name
+        assert f" {function}(" in (ROOT / "csrc" / "cuda" / f"{source}_kernel.h").read_text(), one
 
 
 def test_names_of_the_same_kernels_share_a_table() -> None:

@@ -96,9 +96,29 @@ class Kernel:
             found.append(
                 "has dynamic shared memory, and no constant named k...SharedBytes beside it says how much at most"
             )
-        if self.heavy and not any(self.counts.get(name) for name in limits.products):
-            found.append(f"is a heavy convolution and has no {' or '.join(limits.products)}")
+        products = CUDA_PRODUCTS if self.kind == "cuda" else limits.products
+        if self.heavy and not any(self.counts.get(name) for name in products):
+            found.append(f"is a heavy convolution and has no {' or '.join(products)}")
         return found
+
+
+CUDA_PRODUCTS = ("HMMA", "QMMA")
+"""What `mma.sync` becomes, on every architecture."""
+
+HEAVY_CUDA = {
+    *("conv_pool.cu conv_pool", "conv_pool.cu conv_pool_stem", "feature_distance.cu feature_distance"),
+    "autoencoder.cu convolve",
+}
+"""CUDA C++ kernels that must run on tensor cores."""
+
+
+def is_heavy_cuda(function: str, made_for: str, architecture: str) -> bool:
+    """Whether it is of these, but for products of float32, and of e4m3 where a GPU has none.
+
+    They are told by the first argument of the template: ``Tile<(Number)0, ...>`` and ``(Number)3``.
+    """
+    refused = "(Number)3" in made_for and capability(architecture) < 89
+    return function in HEAVY_CUDA and "(Number)0" not in made_for and not refused
 
 
 # Triton sets variables while other threads start compilers: a process that is started just then may find none of them.
@@ -180,20 +200,24 @@ class CudaCompiler:
             entries = listings.entries(next(Path(folder).glob("*.ptx")).read_text())
             sass = listings.instructions(run(self.disassembler, "-c", cubin))
         most = most_dynamic_shared(source)
-        return [
-            Kernel(
-                name=f"{source.name} {readable(name)}",
-                kind="cuda",
-                architecture=architecture,
-                resources=used,
-                threads=entries[name].threads,
-                dynamic_shared=most if entries[name].dynamic_shared else 0,
-                counts=listings.counts(sass[name]),
-                function=f"{source.name} {readable(name).partition('<')[0]}",
-                made_for=readable(name).partition("<")[2].removesuffix(">"),
+        found = []
+        for name, used in resources.items():
+            function, _, made_for = f"{source.name} {readable(name)}".partition("<")
+            found.append(
+                Kernel(
+                    name=f"{source.name} {readable(name)}",
+                    kind="cuda",
+                    architecture=architecture,
+                    resources=used,
+                    threads=entries[name].threads,
+                    dynamic_shared=most if entries[name].dynamic_shared else 0,
+                    counts=listings.counts(sass[name]),
+                    function=function,
+                    made_for=made_for.removesuffix(">"),
+                    heavy=is_heavy_cuda(function, made_for, architecture),
+                )
             )
-            for name, used in resources.items()
-        ]
+        return found
 
 
 def _flags_of_setup() -> list[str]:
