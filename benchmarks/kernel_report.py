@@ -100,13 +100,15 @@ def rows(kernel: Kernel) -> dict[str, str]:
         "shared bytes, static + dynamic": f"{used.shared} + {dynamic}",
         "theoretical occupancy": f"{kernel.occupancy:.0%}",
     }
+    if kernel.operations_a_byte is not None:
+        found["tensor operations a byte loaded, as listed"] = f"{kernel.operations_a_byte:.0f}"
     if kernel.tensor_memory:
         found["tensor memory columns"] = str(kernel.tensor_memory)
     for name, count in kernel.counts.items():
         if name.endswith("of 128 bits"):
             continue
         wide = kernel.counts.get(f"{name} of 128 bits", 0)
-        share = f" ({wide / count:.0%} of 128 bits)" if name in ("LDG", "STG") else ""
+        share = f" ({wide / count:.0%} of 128 bits)" if name in listings.WIDE else ""
         found["instructions" if name == "all" else name] = f"{count}{share}"
     return found
 

@@ -132,11 +132,22 @@ def test_instructions_of_sass() -> None:
         "BAR": 1,
         "LDG of 128 bits": 1,
         "STG of 128 bits": 1,
+        "LDS of 128 bits": 1,
         "all": 11,
     }
+    wide = {"LDGSTS of 128 bits": 1}
     later = ("UTMALDG", "LDGSTS", "HGMMA", "QGMMA", "QMMA", "UTCQMMA", "LDTM")
-    assert listings.counts(found["second"]) == {name: 1 for name in ("LDL", "STL", "FFMA", *later)} | {"all": 10}
+    assert listings.counts(found["second"]) == {name: 1 for name in ("LDL", "STL", "FFMA", *later)} | wide | {"all": 10}
     assert listings.counts(Counter()) == {"all": 0}
+
+
+def test_operations_for_each_byte_loaded() -> None:
+    copies = Counter({"LDGSTS.E.BYPASS.LTC128B.128": 2, "LDG.E.U16.CONSTANT": 4, "LDG.E": 1})
+    loaded = 32 * (2 * 16 + 4 * 2 + 4)
+    assert listings.operations_a_byte(copies + Counter({"HMMA.16816.F32": 8})) == 8 * 4096 / loaded
+    assert listings.operations_a_byte(copies + Counter({"QMMA.16832.F32.E4M3.E4M3": 1})) == 8192 / loaded
+    assert listings.operations_a_byte(copies) is None
+    assert listings.operations_a_byte(Counter({"HMMA.16816.F32": 8, "UTMALDG.4D": 1, "LDG.E": 1})) is None
 
 
 @pytest.mark.parametrize(
@@ -212,7 +223,11 @@ def test_faults() -> None:
         assert fault.startswith(expected)
     for name in ("HGMMA", "QGMMA"):
         assert replace(FINE, kind="triton", heavy=True, architecture="sm_90", counts={name: 1}).faults() == []
-    assert replace(FINE, heavy=True, architecture="sm_90", counts={"HMMA": 1}).faults() == []
+    heavy = replace(FINE, heavy=True, architecture="sm_90", counts={"HMMA": 1, "LDG of 128 bits": 1})
+    assert heavy.faults() == []
+    narrow = replace(heavy, counts={"HMMA": 1, "LDG": 8})
+    assert narrow.faults() == ["is a heavy convolution and loads nothing by 16 bytes a thread"]
+    assert replace(narrow, made_for="Tile<(Number)1, 2, 2, false> ").faults() == []
 
 
 def test_which_cuda_kernels_are_heavy() -> None:

@@ -50,6 +50,7 @@ class Kernel:
             C++ template is given.
         heavy: whether it must run on tensor cores.
         tensor_memory: columns of a block.
+        operations_a_byte: as `listings.operations_a_byte` has it.
         alike: names of launches that lead to this very kernel too.
     """
 
@@ -64,6 +65,7 @@ class Kernel:
     made_for: str = ""
     heavy: bool = False
     tensor_memory: int = 0
+    operations_a_byte: float | None = None
     alike: tuple[str, ...] = ()
 
     @property
@@ -99,6 +101,10 @@ class Kernel:
         products = CUDA_PRODUCTS if self.kind == "cuda" else limits.products
         if self.heavy and not any(self.counts.get(name) for name in products):
             found.append(f"is a heavy convolution and has no {' or '.join(products)}")
+        if self.heavy and self.kind == "cuda" and "false" not in self.made_for:
+            loads = ("LDGSTS of 128 bits", "LDG of 128 bits")
+            if not any(self.counts.get(name) for name in loads):
+                found.append("is a heavy convolution and loads nothing by 16 bytes a thread")
         return found
 
 
@@ -215,6 +221,7 @@ class CudaCompiler:
                     function=function,
                     made_for=made_for.removesuffix(">"),
                     heavy=is_heavy_cuda(function, made_for, architecture),
+                    operations_a_byte=listings.operations_a_byte(sass[name]),
                 )
             )
         return found
@@ -472,6 +479,7 @@ class TritonCompiler:
             made_for=asked.made_for,
             heavy=asked.heavy,
             tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
+            operations_a_byte=listings.operations_a_byte(sass[mangled]),
             alike=asked.alike,
         )
 

@@ -115,13 +115,38 @@ INSTRUCTIONS = (
 )
 
 
+# Of global and shared memory, whose instructions may move 16 bytes a thread.
+WIDE = ("LDG", "STG", "LDGSTS", "LDS", "STS")
+
+
 def counts(listing: Counter[str]) -> dict[str, int]:
-    """Of those of `INSTRUCTIONS` that occur, of the 128-bit ones among LDG and STG, and of all."""
+    """Of those of `INSTRUCTIONS` that occur, of the 128-bit ones among `WIDE`, and of all."""
     found = {name: 0 for name in INSTRUCTIONS}
     for instruction, count in listing.items():
         name, *modifiers = instruction.split(".")
         if name in found:
             found[name] += count
-            if name in ("LDG", "STG") and "128" in modifiers:
+            if name in WIDE and "128" in modifiers:
                 found[f"{name} of 128 bits"] = found.get(f"{name} of 128 bits", 0) + count
     return {name: count for name, count in found.items() if count} | {"all": sum(listing.values())}
+
+
+def operations_a_byte(listing: Counter[str]) -> float | None:
+    """Operations of tensor cores for each byte that is loaded from global memory, as listed: a loop counts once.
+
+    None where there are no products by warps, or where TMA loads, whose instructions do not say how much.
+    """
+    operations = loaded = 0
+    for instruction, count in listing.items():
+        name, *modifiers = instruction.split(".")
+        if name == "UTMALDG":
+            return None
+        if name in ("HMMA", "QMMA"):
+            # m16n8kK as 168 and K.
+            depth = next((int(one[3:]) for one in modifiers if one.startswith("168") and one[3:].isdigit()), 0)
+            operations += count * 2 * 16 * 8 * depth
+        if name in ("LDG", "LDGSTS"):
+            bits = next((int(one) for one in modifiers if one in ("64", "128")), None)
+            narrow = next((8 * size for size in (1, 2) if f"U{8 * size}" in modifiers), 32)
+            loaded += count * 32 * (bits or narrow) // 8
+    return operations / loaded if operations and loaded else None
