@@ -28,9 +28,10 @@ RESULT = np.dtype(
         ("two", "u4", 2),
         ("sums", "f4", (3, 4)),
         ("e4m3", "u4"),
+        ("handed", "u4"),
     ]
 )
-EXACT = ("copied", "copied_later", "halves", "words", "four", "two", "e4m3")
+EXACT = ("copied", "copied_later", "halves", "words", "four", "two", "e4m3", "handed")
 
 
 def given() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -80,6 +81,11 @@ def test_copies_and_matrices_in_the_emulator() -> None:
         torch.from_numpy(pairs).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint32)
     )
     assert (results["e4m3"] == narrow[:, 0] | narrow[:, 1] << 8).all()
+
+
+def test_named_barriers_in_the_emulator() -> None:
+    thread = np.arange(THREADS)
+    assert (emulated(has_e4m3=True)["handed"] == np.where(thread < 32, 0, 3 * (thread - 32) + 1)).all()
 
 
 def test_products_in_the_emulator() -> None:

@@ -219,6 +219,68 @@ WRONG = {
         "thread (0,0,0)",
         "waits at multiply_add of bfloat16 for thread (16,0,0), which waits at multiply_add of float16: deadlock",
     ),
+    "arrives_before_it_writes": ("thread (63,0,0)", f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}"),
+    "reads_without_named_barrier": ("thread (64,0,0)", f"reads 4 bytes at tile + 0, which thread (0,0,0) wrote {RACE}"),
+    "syncs_with_other_warps": ("thread (95,0,0)", f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}"),
+    "arrives_and_learns_nothing": (
+        "thread (63,0,0)",
+        f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}",
+    ),
+    "overwrites_without_named_barrier": (
+        "thread (63,0,0)",
+        f"reads 4 bytes at tile + 124, which thread (31,0,0) wrote {RACE}",
+    ),
+    "overwrites_before_all_have_read": (
+        "thread (0,0,0)",
+        f"writes 4 bytes at tile + 0, which threads of several warps read {RACE}",
+    ),
+    "lane_missing_at_named_barrier": (
+        "thread (0,0,0)",
+        "calls named_barrier_sync(1, 64), for which lane 5 is needed, which has exited",
+    ),
+    "lane_elsewhere_at_named_barrier": (
+        "thread (0,0,0)",
+        "waits at named_barrier_arrive(1, 64) for thread (5,0,0), which waits at __syncthreads: deadlock",
+    ),
+    "lanes_without_threads_at_named_barrier": (
+        "thread (32,0,0)",
+        "calls named_barrier_sync(1, 32), for which lane 8 is needed, which the block does not have",
+    ),
+    "lanes_at_two_named_barriers": (
+        "thread (0,0,0)",
+        "calls named_barrier_sync(1, 64), and lane 16 of its warp calls named_barrier_sync(2, 64)",
+    ),
+    "named_barrier_zero": ("thread (0,0,0)", "calls named_barrier_sync(0, 64), and barriers are 1 to 15"),
+    "named_barrier_sixteen": ("thread (0,0,0)", "calls named_barrier_sync(16, 64), and barriers are 1 to 15"),
+    "named_barrier_of_part_of_a_warp": (
+        "thread (0,0,0)",
+        "calls named_barrier_sync(1, 40), and threads come in whole warps of 32",
+    ),
+    "named_barrier_of_more_than_the_block": (
+        "thread (0,0,0)",
+        "calls named_barrier_sync(1, 96), and the block has 64 threads",
+    ),
+    "named_barrier_of_two_sizes": (
+        "thread (32,0,0)",
+        "calls named_barrier_sync(1, 32), and thread (0,0,0) calls named_barrier_arrive(1, 64)",
+    ),
+    "named_barrier_of_too_many": (
+        "thread (0,0,0)",
+        "waits at named_barrier_sync(1, 96), to which only 64 threads come: deadlock",
+    ),
+    "arrives_and_nobody_else": (
+        "thread (0,0,0)",
+        "calls named_barrier_arrive(1, 64), to which only 32 threads come: the block ends",
+    ),
+    "arrives_twice": (
+        "thread (0,0,0)",
+        "calls named_barrier_arrive(1, 64), to which it has come before, and others have not come yet",
+    ),
+    "arrives_again_untold": (
+        "thread (32,0,0)",
+        "calls named_barrier_arrive(1, 64) again, "
+        "and nothing has told it that thread (0,0,0) came the time before: race",
+    ),
 }
 INITIALISED = {  # what they read there comes from outside
     *("missing_fence", "plain_and_atomic", "waits_for_ever", "read_after_atomic", "fence_too_early"),
@@ -441,6 +503,50 @@ def test_lanes_ordered_by_syncwarp(semantics: ModuleType) -> None:
     given, result = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
     simt_build.run(semantics.rotate_in_warp, simt_build.buffer(semantics, "in", given), written(semantics, result), 5)
     assert (result == np.roll(given.reshape(2, 32), -5, axis=1).ravel()).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_rows_handed_over_at_named_barriers(semantics: ModuleType, rows: int, order: int) -> None:
+    given, result = np.random.default_rng(0).random((rows, 32)).astype(np.float32), np.zeros((rows, 3, 32), np.float32)
+    read, out = simt_build.buffer(semantics, "in", given), written(semantics, result)
+    semantics.configure(order=order)
+    simt_build.run(semantics.handed_over, read, out, rows)
+    assert (result == given[:, np.arange(32) ^ np.arange(1, 4)[:, None]]).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_groups_of_warps_with_named_barriers_of_their_own(semantics: ModuleType, order: int) -> None:
+    given, result = np.arange(128, dtype=np.float32), np.zeros(128, np.float32)
+    read, out = simt_build.buffer(semantics, "in", given), written(semantics, result)
+    semantics.configure(order=order)
+    simt_build.run(semantics.rotate_in_groups, read, out, 5)
+    assert (result == np.concatenate([np.roll(given[:64], -5), np.roll(given[64:], -10)])).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_what_all_have_read_may_be_overwritten_after_a_named_barrier(semantics: ModuleType, order: int) -> None:
+    given, result = np.arange(160, dtype=np.float32).reshape(5, 32), np.zeros((5, 3, 32), np.float32)
+    read, out = simt_build.buffer(semantics, "in", given), written(semantics, result)
+    semantics.configure(order=order)
+    simt_build.run(semantics.overwritten_after_named_barrier, read, out, 5)
+    assert (result == (given + given[:, np.arange(32) ^ 1] + 1)[:, None]).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"order": 1}, {"order": 2}, {"threads": 3}])
+def test_a_named_barrier_hands_on_what_blocks_release(semantics: ModuleType, settings: dict[str, int]) -> None:
+    given, result = np.arange(512, dtype=np.float32).reshape(8, 64), np.zeros(64, np.float32)
+    counter, parts = np.zeros(1, np.uint32), np.zeros(512, np.float32)
+    read, out = simt_build.buffer(semantics, "in", given), written(semantics, result)
+    semantics.configure(**settings)
+    simt_build.run(
+        semantics.sum_by_last_group,
+        read,
+        out,
+        written(semantics, parts, "parts"),
+        simt_build.buffer(semantics, "counter", counter, writable=True),
+    )
+    assert (result == given.sum(axis=0)[np.arange(64) ^ 33]).all()
 
 
 def test_bytes_halves_and_words_of_the_same_memory(semantics: ModuleType) -> None:

@@ -143,3 +143,25 @@ __device__ __forceinline__ unsigned short to_e4m3(float low, float high) {
 }  // namespace efficientad_fast::cuda
 
 #endif
+
+#ifndef EFFICIENTAD_FAST_SIMT
+
+namespace efficientad_fast::cuda {
+
+// Barriers 1 to 15 of a block (0 is that of __syncthreads) are for some of its warps: `threads`, a multiple of 32, of
+// whole warps, whose lanes come together. A barrier is over when so many have come, by either function, and is then as
+// new; nobody may come to it again before he knows so.
+//
+// Waits for all others: what they did before they came, arrived ones too, comes before what this thread does next.
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Comes and waits for nobody: what this thread did before is known to those who sync, and it learns nothing of them.
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+}  // namespace efficientad_fast::cuda
+
+#endif

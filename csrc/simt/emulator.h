@@ -105,6 +105,8 @@ enum class WarpOperation : std::uint8_t {
   kMultiplyFloat16,
   kMultiplyBFloat16,
   kMultiplyE4m3,
+  kBarrierSync,
+  kBarrierArrive,
 };
 enum class BlockOperation : std::uint8_t { kSync, kOr, kAnd, kCount };
 
@@ -133,5 +135,6 @@ void commit_copies();
 void wait_for_copies(unsigned pending);
 Matrices load_matrices(WarpOperation operation, const void* row);
 Sums multiply_add(WarpOperation operation, Sums sums, Matrices left, std::uint64_t right);
+void named_barrier(WarpOperation operation, int barrier, int threads);
 
 }  // namespace efficientad_fast::simt

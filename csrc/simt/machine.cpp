@@ -40,6 +40,8 @@ const char* name_of(WarpOperation operation) {
     case WarpOperation::kMultiplyFloat16: return "multiply_add of float16";
     case WarpOperation::kMultiplyBFloat16: return "multiply_add of bfloat16";
     case WarpOperation::kMultiplyE4m3: return "multiply_add of e4m3";
+    case WarpOperation::kBarrierSync: return "named_barrier_sync";
+    case WarpOperation::kBarrierArrive: return "named_barrier_arrive";
   }
   return "";
 }
@@ -61,7 +63,7 @@ std::string hexadecimal(unsigned mask) {
 }
 
 std::string call_text(WarpOperation operation, unsigned mask) {
-  return name_of(operation) + (is_of_matrices(operation) ? "" : "(" + hexadecimal(mask) + ")");
+  return name_of(operation) + (is_of_all_lanes(operation) ? "" : "(" + hexadecimal(mask) + ")");
 }
 
 std::string waiting_text(const Thread& thread) {
@@ -69,7 +71,7 @@ std::string waiting_text(const Thread& thread) {
     case Thread::Status::kExited: return "has exited";
     case Thread::Status::kAtBlock: return std::string("waits at ") + name_of(thread.block_operation);
     case Thread::Status::kAtWarp:
-      return "waits at " + call_text(thread.warp_operation, thread.mask);
+    case Thread::Status::kAtBarrier: return "waits at " + call_text(thread, thread.warp_operation);
     case Thread::Status::kReady: break;
   }
   return "runs";
@@ -101,8 +103,8 @@ bool is_at(const Thread& thread, WarpOperation operation, unsigned mask) {
   return thread.status == Thread::Status::kAtWarp && thread.warp_operation == operation && thread.mask == mask;
 }
 
-// Matrices are spread over all 32 lanes, and the hardware does without none of them.
-void complete_matrices(Thread& thread, unsigned present) {
+// Matrices are spread over all 32 lanes, barriers count whole warps, and the hardware does without none of them.
+void complete_all_lanes(Thread& thread, unsigned present) {
   Worker& worker = *thread.worker;
   Warp& warp = *thread.warp;
   Thread* const lanes = &worker.threads[warp.first];
@@ -110,10 +112,14 @@ void complete_matrices(Thread& thread, unsigned present) {
     const auto missing = static_cast<unsigned>(__builtin_ctz(~present));
     const Thread& first = lanes[__builtin_ctz(present)];
     record_failure(worker, first,
-                   std::string("calls ") + name_of(first.warp_operation) + ", for which lane " +
+                   "calls " + call_text(first, first.warp_operation) + ", for which lane " +
                        std::to_string(missing) + " is needed, which " +
                        (missing < warp.lanes ? "has exited" : "the block does not have"),
                    first.caller);
+    return;
+  }
+  if (is_of_barriers(thread.warp_operation)) {
+    worker.come_to_barrier(warp, thread.warp_operation);
     return;
   }
   exchange_matrices(worker, warp, thread.warp_operation);
@@ -121,6 +127,15 @@ void complete_matrices(Thread& thread, unsigned present) {
     lanes[lane].status = Thread::Status::kReady;
   }
   warp.waiting = 0;
+}
+
+Clocks joined(const Clocks& a, const Clocks& b) {
+  if (a == nullptr || b == nullptr || a == b) {
+    return a == nullptr ? b : a;
+  }
+  std::vector<std::uint32_t> both = *a;
+  include(both, b);
+  return std::make_shared<const std::vector<std::uint32_t>>(std::move(both));
 }
 
 // Lets `thread` and the lanes it waits for go on, if they are all there.
@@ -142,8 +157,8 @@ void try_to_complete(Thread& thread) {
     ballot |= (lanes[lane].value != 0 ? 1u : 0u) << lane;
   }
 
-  if (is_of_matrices(operation)) {
-    complete_matrices(thread, present);
+  if (is_of_all_lanes(operation)) {
+    complete_all_lanes(thread, present);
     return;
   }
 
@@ -184,6 +199,8 @@ void try_to_complete(Thread& thread) {
   std::array<std::uint32_t, kWarp> seen{}, fenced{};
   bool any_fence = false;
   std::vector<Known> known;
+  Clocks others, fenced_others;
+  const bool barriers = worker.barrier_epoch != 0;
   const std::uint32_t clock = ++warp.counter;
   for (unsigned lane = 0; lane < warp.lanes; ++lane) {
     if ((present >> lane & 1) == 0) {
@@ -198,6 +215,10 @@ void try_to_complete(Thread& thread) {
     }
     if (worker.learned) {
       merge(known, one.known);
+    }
+    if (barriers) {
+      others = joined(others, one.others);
+      fenced_others = fence ? joined(fenced_others, one.fence_others) : fenced_others;
     }
   }
   for (unsigned lane = 0; lane < warp.lanes; ++lane) {
@@ -219,6 +240,10 @@ void try_to_complete(Thread& thread) {
     }
     if (worker.learned) {
       one.known = known;
+    }
+    if (barriers) {
+      one.others = others;
+      one.fence_others = any_fence ? fenced_others : one.fence_others;
     }
   }
 }
@@ -260,6 +285,12 @@ void shuffle(Order& order, std::size_t size, std::uint64_t seed) {
 
 }  // namespace
 
+std::string call_text(const Thread& thread, WarpOperation operation) {
+  return is_of_barriers(operation) ? std::string(name_of(operation)) + "(" + std::to_string(thread.argument) + ", " +
+                                         std::to_string(thread.width) + ")"
+                                   : call_text(operation, thread.mask);
+}
+
 std::string text(const Index3& index) {
   return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
 }
@@ -275,6 +306,15 @@ void fail(Thread& thread, const std::string& what, const void* caller) {
   yield(thread);
   __builtin_unreachable();
 }
+
+namespace {
+
+std::string lacking(const NamedBarrier& barrier) {
+  return barrier.call + ", to which only " + std::to_string(__builtin_popcount(barrier.phase.warps) * kWarp) +
+         " threads come";
+}
+
+}  // namespace
 
 // Workers
 
@@ -352,6 +392,12 @@ void Worker::run_block(std::uint64_t block_index) {
   fences = nullptr;
   known.clear();
   copies = 0;
+  if (barrier_epoch != 0) {
+    barriers = {};
+  }
+  barrier_epoch = 0;
+  readers.clear();
+  free_readers.clear();
   ++counts.blocks;
   const std::uint64_t seed = settings().order == 0 ? 0 : settings().order + block_index + 1;
   shuffle(warp_order, warps.size(), seed);
@@ -371,6 +417,7 @@ void Worker::run_block(std::uint64_t block_index) {
     thread.status = Thread::Status::kReady;
     thread.clock = 1;
     thread.seen.fill(0);
+    thread.others = thread.fence_others = nullptr;
     thread.fence_epoch = 0;
     thread.touches = 0;
     thread.known.clear();
@@ -400,6 +447,11 @@ void Worker::run_block(std::uint64_t block_index) {
         }
       }
     }
+    if (barrier_epoch == epoch && std::any_of(threads.begin(), threads.end(), [](const Thread& thread) {
+          return thread.status == Thread::Status::kReady;
+        })) {
+      continue;  // a named barrier let them go
+    }
     over = std::all_of(threads.begin(), threads.end(),
                        [](const Thread& thread) { return thread.status == Thread::Status::kExited; });
     if (!over) {
@@ -410,6 +462,12 @@ void Worker::run_block(std::uint64_t block_index) {
         return;
       }
       pass_barrier();
+    }
+  }
+  for (const NamedBarrier& barrier : barriers) {
+    if (barrier.threads != 0) {
+      record_failure(*this, *barrier.first, "calls " + lacking(barrier) + ": the block ends", barrier.caller);
+      return;
     }
   }
   for (const Thread& thread : threads) {
@@ -431,6 +489,14 @@ std::string Worker::deadlock(const Thread** of) const {
         return waiting_text(thread) + " for thread " + text(other.position) + ", which " + waiting_text(other) +
                ": deadlock";
       }
+    }
+  }
+  for (const Thread& thread : threads) {
+    if (thread.status == Thread::Status::kAtBarrier) {
+      *of = &thread;
+      return waiting_text(thread) + ", to which only " +
+             std::to_string(__builtin_popcount(barriers[thread.argument].phase.warps) * kWarp) +
+             " threads come: deadlock";
     }
   }
   const auto first = std::find_if(threads.begin(), threads.end(), [](const Thread& thread) {
@@ -480,15 +546,141 @@ void Worker::pass_barrier() {
         std::uint32_t& clock = all->clocks[thread.warp->first + lane];
         clock = std::max(clock, thread.fence_seen[lane]);
       }
+      if (thread.fence_epoch == epoch) {
+        include(all->clocks, thread.fence_others);
+      }
     }
     fences = std::move(all);
     fenced = false;
   }
   ++epoch;
+  readers.clear();
+  free_readers.clear();
   for (Thread& thread : threads) {
+    thread.others = nullptr;  // everything is known now
     thread.value = result;
     thread.status = Thread::Status::kReady;
   }
+}
+
+std::uint32_t Worker::keep(const Readers& one) {
+  if (free_readers.empty()) {
+    readers.push_back(one);
+    return static_cast<std::uint32_t>(readers.size() - 1);
+  }
+  const std::uint32_t index = free_readers.back();
+  free_readers.pop_back();
+  readers[index] = one;
+  return index;
+}
+
+// A warp comes with all lanes: its accesses so far get clocks that are over for whoever leaves the barrier.
+void Worker::come_to_barrier(Warp& warp, WarpOperation operation) {
+  Thread* const lanes = &threads[warp.first];
+  const Thread& first = lanes[0];
+  const unsigned own = warp.first / kWarp, bit = 1u << own;
+  const auto refuse = [&](const std::string& why) {
+    record_failure(*this, first, "calls " + call_text(first, operation) + why, first.caller);
+  };
+  for (unsigned lane = 1; lane < kWarp; ++lane) {
+    if (lanes[lane].argument != first.argument || lanes[lane].width != first.width) {
+      refuse(", and lane " + std::to_string(lane) + " of its warp calls " + call_text(lanes[lane], operation));
+      return;
+    }
+  }
+  NamedBarrier& barrier = barriers[static_cast<std::size_t>(first.argument)];
+  if (barrier.threads != 0 && barrier.threads != first.width) {
+    refuse(", and thread " + text(barrier.first->position) + " calls " + barrier.call);
+    return;
+  }
+  if ((barrier.phase.warps & bit) != 0) {
+    refuse(", to which it has come before, and others have not come yet");
+    return;
+  }
+  if (barrier_epoch != epoch) {  // so that clocks from now on are later than those so far, of all warps
+    std::uint32_t latest = 0;
+    for (const Warp& one : warps) {
+      latest = std::max(latest, one.counter);
+    }
+    for (Warp& one : warps) {
+      one.counter = latest;
+    }
+    barrier_epoch = epoch;
+  }
+
+  std::vector<std::uint32_t> seen(threads.size(), 0), fenced(threads.size(), 0);
+  bool fence = false;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    const Thread& one = lanes[lane];
+    if (lane == 0 || one.others != lanes[lane - 1].others) {
+      include(seen, one.others);
+    }
+    if (one.fence_epoch == epoch) {
+      fence = true;
+      include(fenced, one.fence_others);
+      for (unsigned other = 0; other < kWarp; ++other) {
+        std::uint32_t& clock = fenced[warp.first + other];
+        clock = std::max(clock, one.fence_seen[other]);
+      }
+    }
+    merge(barrier.known, one.known);
+  }
+  for (unsigned one = 0; one < warps.size(); ++one) {
+    if ((barrier.before.warps >> one & 1) != 0 && one != own && barrier.before.epochs[one] == epoch &&
+        seen[warps[one].first] < barrier.before.clocks[one]) {
+      refuse(" again, and nothing has told it that thread " + text(threads[warps[one].first].position) +
+             " came the time before: race");
+      return;
+    }
+  }
+
+  const std::uint32_t clock = warp.counter++;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    seen[warp.first + lane] = clock;
+    lanes[lane].clock = warp.counter;
+    lanes[lane].status = operation == WarpOperation::kBarrierSync ? Thread::Status::kAtBarrier : Thread::Status::kReady;
+  }
+  warp.waiting = 0;
+  barrier.seen = joined(barrier.seen, std::make_shared<const std::vector<std::uint32_t>>(std::move(seen)));
+  if (fence) {
+    const Clocks all = barrier.fence_epoch == epoch ? barrier.fenced : nullptr;
+    barrier.fenced = joined(all, std::make_shared<const std::vector<std::uint32_t>>(std::move(fenced)));
+    barrier.fence_epoch = epoch;
+  }
+  if (barrier.threads == 0) {
+    barrier.threads = first.width;
+    barrier.first = &first;
+    barrier.call = call_text(first, operation);
+    barrier.caller = first.caller;
+  }
+  barrier.phase.warps |= bit;
+  barrier.phase.epochs[own] = epoch;
+  barrier.phase.clocks[own] = clock;
+  barrier.waiting |= operation == WarpOperation::kBarrierSync ? bit : 0;
+  if (__builtin_popcount(barrier.phase.warps) * static_cast<int>(kWarp) == barrier.threads) {
+    complete(barrier);
+  }
+}
+
+void Worker::complete(NamedBarrier& barrier) {
+  learned = learned || !barrier.known.empty();
+  for (unsigned index = 0; index < warps.size(); ++index) {
+    for (unsigned lane = 0; (barrier.waiting >> index & 1) != 0 && lane < kWarp; ++lane) {
+      Thread& one = threads[warps[index].first + lane];
+      one.others = barrier.seen;
+      std::copy_n(barrier.seen->begin() + warps[index].first, kWarp, one.seen.begin());
+      if (barrier.fence_epoch == epoch) {
+        one.fence_epoch = epoch;
+        one.fence_others = barrier.fenced;
+        std::copy_n(barrier.fenced->begin() + warps[index].first, kWarp, one.fence_seen.begin());
+      }
+      merge(one.known, barrier.known);
+      one.status = Thread::Status::kReady;
+    }
+  }
+  NamedBarrier next;
+  next.before = barrier.phase;
+  barrier = std::move(next);
 }
 
 // Launches
@@ -646,6 +838,7 @@ void fence() {
   const Paused thread;
   thread->fence_epoch = thread->worker->epoch;
   thread->fence_seen = thread->seen;
+  thread->fence_others = thread->others;
   thread->fence_seen[thread->lane] = thread->clock;
   thread->clock = ++thread->warp->counter;
   thread->worker->fenced = true;

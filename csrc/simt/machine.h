@@ -27,17 +27,26 @@ struct Touch {
 
 // Who touched a byte last, in the three ways that matter to each other.
 struct Cell {
-  static constexpr std::uint32_t kSeveralWarps = 254, kSeveralBlocks = 255;
+  static constexpr std::uint32_t kApart = 253, kSeveralWarps = 254, kSeveralBlocks = 255;
   static constexpr std::uint32_t kSeveralThreads = ~0u;
 
   Touch write;
   Touch atomic;  // since that write
   // Of several readers since that write the latest epoch and clock; `warp` may be one of the constants. `lanes` has a
-  // bit for every lane that read; of several blocks it is the thread, if it was the same one in all.
+  // bit for every lane that read; of several warps one for every warp, or, where they are kept apart, the index of the
+  // worker's `Readers`; of several blocks it is the thread, if it was the same one in all.
   struct {
     std::uint32_t block, epoch, clock, lanes, warp;
   } read;
 };
+
+// Who read a byte in this epoch, by warp: since named barriers order some warps of the block and not others.
+struct Readers {
+  std::array<std::uint32_t, kWarp> lanes, clocks;
+};
+
+// By thread of the block the last clock that is over; null where nothing is known.
+using Clocks = std::shared_ptr<const std::vector<std::uint32_t>>;
 
 // The thread of a block that copies to a word and has not waited for it.
 struct UnderWay {
@@ -99,7 +108,7 @@ struct Warp;
 struct Worker;
 
 struct Thread {
-  enum class Status : std::uint8_t { kReady, kAtWarp, kAtBlock, kExited };
+  enum class Status : std::uint8_t { kReady, kAtWarp, kAtBlock, kAtBarrier, kExited };
 
   Context context;
   Worker* worker;
@@ -114,7 +123,7 @@ struct Thread {
   BlockOperation block_operation;
   unsigned mask;
   std::uint64_t value;
-  int argument, width;
+  int argument, width;  // of a named barrier its number and its threads
   std::array<std::uint32_t, 10> registers;  // of matrices: what it gives, and then from the first what it gets
   const void* caller;
 
@@ -122,9 +131,11 @@ struct Thread {
   // `seen[lane]` is the last clock of that lane that is over for this thread.
   std::uint32_t clock;
   std::array<std::uint32_t, kWarp> seen;
+  Clocks others;  // the same of other warps, from named barriers of this epoch
 
   std::uint32_t fence_epoch;  // 0: no fence yet
   std::array<std::uint32_t, kWarp> fence_seen;
+  Clocks fence_others;
   std::uint64_t touches;
   std::vector<Known> known;
 
@@ -136,6 +147,27 @@ struct Warp {
   unsigned first, lanes;
   unsigned waiting;  // lanes in an operation of the warp
   std::uint32_t counter;
+};
+
+// One of a block's named barriers. A warp that comes in the phase that is under way must know of all that came in the
+// one before: else it might have come in that one instead.
+struct NamedBarrier {
+  static constexpr int kCount = 16;
+  struct Phase {
+    std::uint32_t warps = 0;  // that came, a bit each
+    std::array<std::uint32_t, kWarp> epochs{}, clocks{};  // when, by warp
+  };
+  Phase phase, before;
+  int threads = 0;
+  std::uint32_t waiting = 0;  // of `phase.warps`
+  const Thread* first = nullptr;
+  std::string call;  // of `first`
+  const void* caller = nullptr;
+
+  // Of all that came.
+  Clocks seen, fenced;
+  std::uint32_t fence_epoch = 0;
+  std::vector<Known> known;
 };
 
 struct Machine;
@@ -157,6 +189,10 @@ struct Worker {
   std::shared_ptr<const Release> fences;  // of all threads, in an earlier epoch
   std::vector<Known> known;
   std::size_t copies = 0;   // under way, of all threads
+  std::array<NamedBarrier, NamedBarrier::kCount> barriers;
+  std::uint32_t barrier_epoch = 0;  // the last in which a named barrier was come to
+  std::vector<Readers> readers;     // of this epoch
+  std::vector<std::uint32_t> free_readers;
   std::uint64_t place = 0;  // in the order of blocks
   bool failed = false;
 
@@ -176,9 +212,12 @@ struct Worker {
   void start(Machine& machine);
   void run_blocks();
   void run_block(std::uint64_t block_index);
+  void come_to_barrier(Warp& warp, WarpOperation operation);
+  std::uint32_t keep(const Readers& one);
 
  private:
   void pass_barrier();
+  void complete(NamedBarrier& barrier);
   std::string deadlock(const Thread** of) const;
 };
 
@@ -245,11 +284,17 @@ std::string place_of(Thread& thread, const void* pointer);
 // Ends the block of a launch with a sentence about a thread: "KERNEL: block (..) thread (..) WHAT (FILE:LINE)".
 [[noreturn]] void fail(Thread& thread, const std::string& what, const void* caller);
 
+// "__syncwarp(0xffffffff)", as the thread calls it.
+std::string call_text(const Thread& thread, WarpOperation operation);
+
 // Has the running thread wait until all lanes of `mask` have come to the operation, and what it exchanges is exchanged.
 void wait_for_warp(Thread& thread, WarpOperation operation, unsigned mask, const void* caller);
 
+// What has no mask, takes all 32 lanes, and orders none of them.
+inline bool is_of_all_lanes(WarpOperation operation) { return operation >= WarpOperation::kLoadTwo; }
+inline bool is_of_barriers(WarpOperation operation) { return operation >= WarpOperation::kBarrierSync; }
+
 // What a warp that has all 32 lanes in an operation on matrices exchanges.
-bool is_of_matrices(WarpOperation operation);
 void exchange_matrices(Worker& worker, const Warp& warp, WarpOperation operation);
 
 std::string text(const Index3& index);
@@ -258,6 +303,7 @@ Index3 position_of(std::uint64_t index, const Index3& extent);
 // What an atomic operation at `address` takes over from others and, where it `releases`, hands on to others.
 void release_and_learn(Thread& thread, std::uintptr_t address, bool releases);
 void merge(std::vector<Known>& into, const std::vector<Known>& from);
+void include(std::vector<std::uint32_t>& into, const Clocks& clocks);
 
 // The registered buffers, as regions.
 std::vector<Region> buffer_regions();

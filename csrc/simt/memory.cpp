@@ -189,7 +189,7 @@ enum class Verdict : std::uint8_t { kFine, kUnwritten, kAfterWrite, kAfterAtomic
 // The rules for one access by one thread, for a byte at a time.
 struct Judge {
   const Thread& thread;
-  const Worker& worker;
+  Worker& worker;
   const Access access;
   const bool shared;
 
@@ -221,15 +221,27 @@ struct Judge {
       cell.write = own;
       cell.atomic.block = 0;
     }
+    forget_readers(cell);
     cell.read.block = 0;
     cell.read.warp = 0;
     return Verdict::kFine;
+  }
+
+  // Whether its readers are in the worker's `readers`.
+  bool are_apart(const Cell& cell) const {
+    return cell.read.warp == Cell::kApart && cell.read.block == worker.number && cell.read.epoch == worker.epoch;
   }
 
  private:
   // Shared memory forgets other blocks; global memory forgets other launches.
   bool forgotten(std::uint32_t block) const {
     return shared ? block != worker.number : block < worker.machine->first_number;
+  }
+
+  // Whether a clock of another thread of the block is over.
+  bool sees(unsigned other, std::uint32_t clock) const {
+    return other / kWarp == thread.index / kWarp ? thread.seen[other % kWarp] >= clock
+                                                 : thread.others != nullptr && (*thread.others)[other] >= clock;
   }
 
   bool after(const Touch& touch) const {
@@ -240,7 +252,7 @@ struct Judge {
       if (touch.epoch != worker.epoch || touch.thread == thread.index) {
         return true;
       }
-      if (touch.thread / kWarp == thread.index / kWarp && thread.seen[touch.thread % kWarp] >= touch.clock) {
+      if (sees(touch.thread, touch.clock)) {
         return true;
       }
     }
@@ -258,7 +270,10 @@ struct Judge {
     if (same_block && cell.read.epoch != worker.epoch) {
       return true;
     }
-    if (cell.read.warp == Cell::kSeveralWarps) {
+    if (cell.read.warp == Cell::kSeveralWarps || cell.read.warp == Cell::kApart) {
+      if (same_block && after_several_warps(cell)) {
+        return true;
+      }
       return knows(thread, [&](const Release& r) { return r.block == cell.read.block && r.epoch > cell.read.epoch; });
     }
     const bool same_warp = same_block && cell.read.warp == thread.index / kWarp;
@@ -266,12 +281,29 @@ struct Judge {
       if ((cell.read.lanes >> lane & 1) == 0 || (same_warp && lane == thread.lane)) {
         continue;
       }
-      if (!(same_warp && thread.seen[lane] >= cell.read.clock) &&
+      if (!(same_block && sees(cell.read.warp * kWarp + lane, cell.read.clock)) &&
           !knows(thread, cell.read.block, cell.read.epoch, cell.read.warp * kWarp + lane, cell.read.clock)) {
         return false;
       }
     }
     return true;
+  }
+
+  // Of this epoch. Of warps that are not kept apart which lanes is not known.
+  bool after_several_warps(const Cell& cell) const {
+    const Readers* const readers = are_apart(cell) ? &worker.readers[cell.read.lanes] : nullptr;
+    for (unsigned warp = 0; thread.others != nullptr && warp < worker.warps.size(); ++warp) {
+      const bool any = readers != nullptr || (cell.read.lanes >> warp & 1) != 0;
+      const std::uint32_t lanes = !any ? 0 : readers != nullptr ? readers->lanes[warp] : ~0u;
+      const std::uint32_t clock = readers != nullptr ? readers->clocks[warp] : cell.read.clock;
+      for (unsigned lane = 0; lanes != 0 && lane < worker.warps[warp].lanes; ++lane) {
+        const unsigned other = warp * kWarp + lane;
+        if ((lanes >> lane & 1) != 0 && other != thread.index && !sees(other, clock)) {
+          return false;
+        }
+      }
+    }
+    return thread.others != nullptr;
   }
 
   // Which blocks is not kept, so every other block of the launch must have released its reads.
@@ -299,11 +331,15 @@ struct Judge {
     const std::uint32_t warp = thread.index / kWarp, bit = 1u << thread.lane;
     const bool own_block = read.block == worker.number && read.warp != Cell::kSeveralBlocks;
     if (own_block && read.epoch == worker.epoch) {
-      if (read.warp == warp) {
+      const bool later = read.warp == warp ? read.clock < thread.clock : thread.others != nullptr;
+      if (later && after_reads(cell)) {  // whoever comes after this one comes after those
+        forget_readers(cell);
+        read = {worker.number, worker.epoch, thread.clock, bit, warp};
+      } else if (read.warp == warp) {
         read.lanes |= bit;
         read.clock = std::max(read.clock, thread.clock);
       } else {
-        read.warp = Cell::kSeveralWarps;
+        note_several_warps(cell, warp, bit);
       }
     } else if (own_block || after_reads(cell)) {
       read = {worker.number, worker.epoch, thread.clock, bit, warp};
@@ -311,12 +347,43 @@ struct Judge {
       std::uint32_t before = Cell::kSeveralThreads;
       if (read.warp == Cell::kSeveralBlocks) {
         before = read.lanes;
-      } else if (read.warp != Cell::kSeveralWarps && (read.lanes & (read.lanes - 1)) == 0) {
+      } else if (read.warp < kWarp && (read.lanes & (read.lanes - 1)) == 0) {
         before = read.warp * kWarp + static_cast<unsigned>(__builtin_ctz(read.lanes));
       }
       read = {worker.number, std::max(read.epoch, worker.epoch), std::max(read.clock, thread.clock),
               before == thread.index ? before : Cell::kSeveralThreads, Cell::kSeveralBlocks};
     }
+  }
+
+  void forget_readers(const Cell& cell) const {
+    if (are_apart(cell)) {
+      worker.free_readers.push_back(cell.read.lanes);
+    }
+  }
+
+  // Where nobody has come to a named barrier in this epoch, no clock of it can be known to another warp without all
+  // others: one clock and a bit for every warp are enough.
+  void note_several_warps(Cell& cell, std::uint32_t warp, std::uint32_t bit) const {
+    auto& read = cell.read;
+    if (worker.barrier_epoch != worker.epoch) {
+      read.lanes = (read.warp == Cell::kSeveralWarps ? read.lanes : 1u << read.warp) | 1u << warp;
+      read.warp = Cell::kSeveralWarps;
+    } else {
+      if (read.warp != Cell::kApart) {
+        Readers readers{};
+        for (unsigned one = 0; one < kWarp; ++one) {
+          const bool among = read.warp == Cell::kSeveralWarps && (read.lanes >> one & 1) != 0;
+          readers.lanes[one] = read.warp == one ? read.lanes : among ? ~0u : 0;
+          readers.clocks[one] = readers.lanes[one] != 0 ? read.clock : 0;
+        }
+        read.warp = Cell::kApart;
+        read.lanes = worker.keep(readers);
+      }
+      Readers& readers = worker.readers[read.lanes];
+      readers.lanes[warp] |= bit;
+      readers.clocks[warp] = std::max(readers.clocks[warp], thread.clock);
+    }
+    read.clock = std::max(read.clock, thread.clock);
   }
 };
 
@@ -427,7 +494,7 @@ std::string place(const Region& region, std::uintptr_t address) {
   if (block != worker.number) {
     who = "block " + text(position_of(block - worker.machine->first_number, worker.machine->launch->grid)) + " ";
   }
-  if (verdict == Verdict::kAfterRead && cell.read.warp == Cell::kSeveralWarps) {
+  if (verdict == Verdict::kAfterRead && cell.read.warp >= Cell::kApart) {
     who += "threads of several warps";
   } else {
     who += "thread " + text(position_of(other, worker.machine->launch->block));
@@ -522,7 +589,10 @@ void touch(Thread& thread, std::uintptr_t address, std::size_t bytes, Access acc
     }
     if (shadow.split[word] == 0) {
       for (std::size_t byte = 1; byte < 4; ++byte) {
-        shadow.cell(word, byte) = shadow.first[word];
+        Cell& cell = shadow.cell(word, byte) = shadow.first[word];
+        if (rules.are_apart(cell)) {
+          cell.read.lanes = worker.keep(Readers(worker.readers[cell.read.lanes]));
+        }
       }
       shadow.split[word] = 1;
     }
@@ -620,6 +690,12 @@ void merge(std::vector<Known>& into, const std::vector<Known>& from) {
   }
 }
 
+void include(std::vector<std::uint32_t>& into, const Clocks& clocks) {
+  for (std::size_t i = 0; clocks != nullptr && i < into.size(); ++i) {
+    into[i] = std::max(into[i], (*clocks)[i]);
+  }
+}
+
 // That whoever takes over passes a fence too is not asked for.
 void release_and_learn(Thread& thread, std::uintptr_t address, bool releases) {
   Worker& worker = *thread.worker;
@@ -654,6 +730,7 @@ void release_and_learn(Thread& thread, std::uintptr_t address, bool releases) {
     for (unsigned lane = 0; lane < thread.warp->lanes; ++lane) {
       own->clocks[thread.warp->first + lane] = thread.fence_seen[lane];
     }
+    include(own->clocks, thread.fence_others);
     own->known = std::move(before);
     entry->list.push_back(std::move(own));
   }

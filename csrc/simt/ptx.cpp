@@ -134,8 +134,6 @@ void multiply(Thread* lanes) {
 
 }  // namespace
 
-bool is_of_matrices(WarpOperation operation) { return operation >= WarpOperation::kLoadTwo; }
-
 void exchange_matrices(Worker& worker, const Warp& warp, WarpOperation operation) {
   Thread* const lanes = &worker.threads[warp.first];
   switch (operation) {
@@ -163,6 +161,28 @@ Sums multiply_add(WarpOperation operation, Sums sums, Matrices left, std::uint64
   wait_for_warp(*thread, operation, ~0u, __builtin_return_address(0));
   std::memcpy(&sums, thread->registers.data(), sizeof(sums));
   return sums;
+}
+
+// Barriers
+
+void named_barrier(WarpOperation operation, int barrier, int threads) {
+  const Paused thread;
+  const void* const caller = __builtin_return_address(0);
+  thread->argument = barrier;
+  thread->width = threads;
+  const auto refuse = [&](const std::string& why) {
+    fail(*thread, "calls " + call_text(*thread, operation) + ", and " + why, caller);
+  };
+  if (barrier < 1 || barrier >= NamedBarrier::kCount) {
+    refuse("barriers are 1 to 15");
+  }
+  if (threads < 1 || threads % static_cast<int>(kWarp) != 0) {
+    refuse("threads come in whole warps of 32");
+  }
+  if (static_cast<unsigned>(threads) > thread->worker->threads.size()) {
+    refuse("the block has " + std::to_string(thread->worker->threads.size()) + " threads");
+  }
+  wait_for_warp(*thread, operation, ~0u, caller);
 }
 
 }  // namespace efficientad_fast::simt

@@ -54,4 +54,12 @@ __device__ __forceinline__ unsigned short to_e4m3(float low, float high) {
   return static_cast<unsigned short>(simt::e4m3_from_float(low) | simt::e4m3_from_float(high) << 8);
 }
 
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+  simt::named_barrier(simt::WarpOperation::kBarrierSync, barrier, threads);
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  simt::named_barrier(simt::WarpOperation::kBarrierArrive, barrier, threads);
+}
+
 }  // namespace efficientad_fast::cuda

@@ -17,6 +17,7 @@ struct CheckResult {
   unsigned four[4], two[2];
   float sums[3][4];  // by Product
   unsigned e4m3;
+  unsigned handed;
 };
 
 struct Check {
@@ -74,6 +75,16 @@ __global__ void __launch_bounds__(kCheckThreads) check_wrappers(const Check p) {
     result.four[i] = four[i];
   }
   result.two[0] = two[0], result.two[1] = two[1];
+
+  named_barrier_sync(1, kCheckThreads);  // the words have been read
+  words[thread] = 3 * thread + 1;
+  if (thread < 32) {
+    named_barrier_arrive(15, kCheckThreads);
+    result.handed = 0;
+  } else {
+    named_barrier_sync(15, kCheckThreads);
+    result.handed = words[thread - 32];
+  }
 
   float sums[3][4] = {};
   check_product<Product::kFloat16>(sums[0], p.numbers, thread);

@@ -15,6 +15,8 @@ namespace {
 
 using efficientad_fast::cuda::Product;
 using efficientad_fast::cuda::launch;
+using efficientad_fast::cuda::named_barrier_arrive;
+using efficientad_fast::cuda::named_barrier_sync;
 using efficientad_fast::simt::Buffer;
 
 __global__ void scale(const float* in, float* out, int count, float factor) {
@@ -252,6 +254,94 @@ __global__ void rotate_in_warp(const float* in, float* out, int steps) {
     tile[t] = value;
   }
   out[t] = tile[t];
+}
+
+// A warp hands rows to three others through two stages; the last of them reads by the byte.
+__global__ void handed_over(const float* in, float* out, int rows) {
+  __shared__ float tile[2][32];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  for (int row = 0; row < rows; ++row) {
+    const int stage = row % 2, full = 1 + stage, empty = 3 + stage;
+    if (warp == 0) {
+      if (row >= 2) {
+        named_barrier_sync(empty, 128);
+      }
+      tile[stage][lane] = in[row * 32 + lane];
+      named_barrier_arrive(full, 128);
+    } else {
+      named_barrier_sync(full, 128);
+      float value = tile[stage][lane ^ warp];
+      if (warp == 3) {
+        unsigned bits = 0;
+        for (unsigned i = 0; i < 4; ++i) {
+          bits |= static_cast<unsigned>(reinterpret_cast<const unsigned char*>(&tile[stage][lane ^ warp])[i]) << 8 * i;
+        }
+        value = __uint_as_float(bits);
+      }
+      out[(row * 3 + warp - 1) * 32 + lane] = value;
+      if (row + 2 < rows) {
+        named_barrier_arrive(empty, 128);
+      }
+    }
+  }
+}
+
+// Two groups of two warps turn their rows, each with a barrier of its own and the second twice as far.
+__global__ void rotate_in_groups(const float* in, float* out, int steps) {
+  __shared__ float tile[128];
+  const int t = static_cast<int>(threadIdx.x), group = t / 64, next = group * 64 + (t + 1) % 64;
+  tile[t] = in[t];
+  for (int i = 0; i < steps * (1 + group); ++i) {
+    named_barrier_sync(1 + group, 64);
+    const float value = tile[next];
+    named_barrier_sync(1 + group, 64);
+    tile[t] = value;
+  }
+  out[t] = tile[t];
+}
+
+// All read a row before anybody comes to a named barrier, and one warp writes the next over it after.
+__global__ void overwritten_after_named_barrier(const float* in, float* out, int rows) {
+  __shared__ float tile[32];
+  const int t = static_cast<int>(threadIdx.x);
+  for (int row = 0; row < rows; ++row) {
+    if (t < 32) {
+      tile[t] = in[row * 32 + t];
+    }
+    __syncthreads();
+    const float value = tile[t % 32 ^ 1];
+    if (t < 32) {
+      named_barrier_sync(1, 96);
+      tile[t] += 1.0f;
+    } else {
+      __syncwarp();
+      named_barrier_arrive(1, 96);
+    }
+    __syncthreads();
+    out[row * 96 + t] = value + tile[t % 32];
+    __syncthreads();
+  }
+}
+
+// The last block adds up what all blocks wrote; its threads wait for each other at a named barrier alone.
+__global__ void sum_by_last_group(const float* in, float* out, float* parts, unsigned* counter) {
+  __shared__ bool last;
+  const unsigned t = threadIdx.x, i = blockIdx.x * 64 + t;
+  parts[i] = in[i];
+  __threadfence();
+  named_barrier_sync(1, 64);
+  if (t == 0) {
+    last = atomicAdd(counter, 1u) == gridDim.x - 1;
+  }
+  named_barrier_sync(1, 64);
+  if (last) {
+    __threadfence();
+    float sum = 0.0f;
+    for (unsigned block = 0; block < gridDim.x; ++block) {
+      sum += parts[block * 64 + (t ^ 33)];
+    }
+    out[t] = sum;
+  }
 }
 
 // Every block reads what nobody has written, after as many other reads as it is told.
@@ -534,6 +624,19 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   });
   m.def("rotate_in_warp", [](const Buffer& in, const Buffer& out, int steps) {
     launch(rotate_in_warp, 1, 64, 0, nullptr, in.as<float>(), out.as<float>(), steps);
+  });
+  m.def("handed_over", [](const Buffer& in, const Buffer& out, int rows) {
+    launch(handed_over, 1, 128, 0, nullptr, in.as<float>(), out.as<float>(), rows);
+  });
+  m.def("rotate_in_groups", [](const Buffer& in, const Buffer& out, int steps) {
+    launch(rotate_in_groups, 1, 128, 0, nullptr, in.as<float>(), out.as<float>(), steps);
+  });
+  m.def("overwritten_after_named_barrier", [](const Buffer& in, const Buffer& out, int rows) {
+    launch(overwritten_after_named_barrier, 1, 96, 0, nullptr, in.as<float>(), out.as<float>(), rows);
+  });
+  m.def("sum_by_last_group", [](const Buffer& in, const Buffer& out, const Buffer& parts, const Buffer& counter) {
+    launch(sum_by_last_group, static_cast<unsigned>(in.bytes() / 256), 64, 0, nullptr, in.as<float>(), out.as<float>(),
+           parts.as<float>(), counter.as<unsigned>());
   });
   m.def("fail_after", [](const Buffer& reads, const Buffer& out) {
     launch(fail_after, static_cast<unsigned>(reads.bytes() / sizeof(float)), 1, 0, nullptr, reads.as<float>(),

@@ -16,6 +16,8 @@ using efficientad_fast::cuda::copy_async;
 using efficientad_fast::cuda::launch;
 using efficientad_fast::cuda::load_matrices;
 using efficientad_fast::cuda::multiply_add;
+using efficientad_fast::cuda::named_barrier_arrive;
+using efficientad_fast::cuda::named_barrier_sync;
 using efficientad_fast::cuda::wait_for_copies;
 using efficientad_fast::simt::Buffer;
 
@@ -994,6 +996,242 @@ __global__ void products_of_two_kinds(const float* in, float* out, int) {
   out[t] = sums[0];
 }
 
+// Named barriers
+
+template <bool kWrong>
+__global__ void arrives_before_it_writes(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  __shared__ float tile[32];
+  if (warp == 0) {
+    if (kWrong) {
+      named_barrier_arrive(1, 64);
+    }
+    tile[t] = in[t];
+    if (!kWrong) {
+      named_barrier_arrive(1, 64);
+    }
+  } else {
+    named_barrier_sync(1, 64);
+    out[t] = tile[t % 32];
+  }
+}
+
+template <bool kWrong>
+__global__ void reads_without_named_barrier(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  __shared__ float tile[32];
+  if (warp == 0) {
+    tile[t] = in[t];
+    named_barrier_arrive(1, kWrong ? 64 : 96);
+  } else {
+    if (!kWrong || warp == 1) {
+      named_barrier_sync(1, kWrong ? 64 : 96);
+    }
+    out[t - 32] = tile[t % 32];
+  }
+}
+
+template <bool kWrong>
+__global__ void syncs_with_other_warps(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  __shared__ float tile[32];
+  if (warp == 0) {
+    tile[t] = in[t];
+  }
+  if (!kWrong || warp > 0) {
+    named_barrier_sync(1, kWrong ? 64 : 96);
+  }
+  if (warp > 0) {
+    out[t - 32] = tile[t % 32];
+  }
+}
+
+template <bool kWrong>
+__global__ void arrives_and_learns_nothing(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  __shared__ float tile[32];
+  if (warp == 0) {
+    tile[t] = in[t];
+    named_barrier_sync(1, 64);
+  } else if (kWrong) {
+    named_barrier_arrive(1, 64);
+    out[t] = tile[t % 32];
+  } else {
+    named_barrier_sync(1, 64);
+    out[t] = tile[t % 32];
+  }
+}
+
+template <bool kWrong>
+__global__ void overwrites_without_named_barrier(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  __shared__ float tile[32];
+  for (int stage = 0; stage < 2; ++stage) {
+    if (warp == 0) {
+      tile[t] = in[t];
+      named_barrier_arrive(1 + stage, 64);
+    } else {
+      named_barrier_sync(1 + stage, 64);
+      out[t] = tile[t % 32];
+    }
+    if (!kWrong && warp == 0) {
+      named_barrier_sync(3, 64);
+    } else if (!kWrong) {
+      named_barrier_arrive(3, 64);
+    }
+  }
+}
+
+template <bool kWrong>
+__global__ void overwrites_before_all_have_read(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  __shared__ float tile[32];
+  constexpr int kReaders = kWrong ? 1 : 2;
+  if (warp == 0) {
+    tile[t] = in[t];
+    named_barrier_arrive(1, 96);
+    named_barrier_sync(2, 32 + 32 * kReaders);
+    tile[t] = 0.0f;
+  } else {
+    named_barrier_sync(1, 96);
+    out[t - 32] = tile[t % 32];
+    if (warp <= kReaders) {
+      named_barrier_arrive(2, 32 + 32 * kReaders);
+    }
+  }
+}
+
+template <bool kWrong>
+__global__ void lane_missing_at_named_barrier(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  if (kWrong && t == 5) {
+    return;
+  }
+  named_barrier_sync(1, 64);
+}
+
+template <bool kWrong>
+__global__ void lane_elsewhere_at_named_barrier(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  out[t] = in[t];
+  if (!kWrong || t != 5) {
+    if (warp == 0) {
+      named_barrier_arrive(1, 64);
+    } else {
+      named_barrier_sync(1, 64);
+    }
+  }
+  __syncthreads();
+}
+
+template <bool kWrong>
+__global__ void lanes_without_threads_at_named_barrier(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  out[t] = in[t];
+  if (kWrong || warp == 0) {
+    named_barrier_sync(1, 32);
+  }
+}
+
+template <bool kWrong>
+__global__ void lanes_at_two_named_barriers(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  named_barrier_sync(kWrong && t % 32 >= 16 ? 2 : 1, 64);
+}
+
+template <bool kWrong>
+__global__ void named_barrier_zero(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  named_barrier_sync(kWrong ? 0 : 1, 64);
+}
+
+template <bool kWrong>
+__global__ void named_barrier_sixteen(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  named_barrier_sync(kWrong ? 16 : 15, 64);
+}
+
+template <bool kWrong>
+__global__ void named_barrier_of_part_of_a_warp(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  named_barrier_sync(1, kWrong ? 40 : 64);
+}
+
+template <bool kWrong>
+__global__ void named_barrier_of_more_than_the_block(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = in[t];
+  named_barrier_sync(1, kWrong ? 96 : 64);
+}
+
+template <bool kWrong>
+__global__ void named_barrier_of_two_sizes(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  out[t] = in[t];
+  if (warp == 0) {
+    named_barrier_arrive(1, 64);
+  } else {
+    named_barrier_sync(1, kWrong ? 32 : 64);
+  }
+}
+
+template <bool kWrong>
+__global__ void named_barrier_of_too_many(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  if (warp < 2) {
+    out[t] = in[t];
+    named_barrier_sync(1, kWrong ? 96 : 64);
+  }
+}
+
+template <bool kWrong>
+__global__ void arrives_and_nobody_else(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  out[t] = in[t];
+  if (warp == 0) {
+    named_barrier_arrive(1, 64);
+  } else if (!kWrong) {
+    named_barrier_sync(1, 64);
+  }
+}
+
+template <bool kWrong>
+__global__ void arrives_twice(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  out[t] = in[t];
+  for (int stage = 0; stage < 2; ++stage) {
+    if (warp == 0) {
+      named_barrier_arrive(1, 64);
+    } else {
+      named_barrier_sync(1, 64);
+    }
+    if (!kWrong && stage == 0) {
+      named_barrier_sync(2, 64);
+    }
+  }
+}
+
+template <bool kWrong>
+__global__ void arrives_again_untold(const float* in, float* out, int) {
+  const int t = static_cast<int>(threadIdx.x), warp = t / 32;
+  out[t] = in[t];
+  for (int stage = 0; stage < 2; ++stage) {
+    if (warp == 0) {
+      named_barrier_sync(1, 64);
+    } else {
+      named_barrier_arrive(1, 64);
+    }
+    if (!kWrong && stage == 0) {
+      named_barrier_sync(2, 64);
+    }
+  }
+}
+
 }  // namespace
 
 #define BOTH(name, grid, block, dynamic_bytes)                                                                       \
@@ -1085,6 +1323,25 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   BOTH(lane_missing_in_multiply, 1, 64, 0);
   BOTH(lanes_that_do_not_exist, 1, 40, 0);
   BOTH(products_of_two_kinds, 1, 64, 0);
+  BOTH(arrives_before_it_writes, 1, 64, 0);
+  BOTH(reads_without_named_barrier, 1, 96, 0);
+  BOTH(syncs_with_other_warps, 1, 96, 0);
+  BOTH(arrives_and_learns_nothing, 1, 64, 0);
+  BOTH(overwrites_without_named_barrier, 1, 64, 0);
+  BOTH(overwrites_before_all_have_read, 1, 96, 0);
+  BOTH(lane_missing_at_named_barrier, 1, 64, 0);
+  BOTH(lane_elsewhere_at_named_barrier, 1, 64, 0);
+  BOTH(lanes_without_threads_at_named_barrier, 1, 40, 0);
+  BOTH(lanes_at_two_named_barriers, 1, 64, 0);
+  BOTH(named_barrier_zero, 1, 64, 0);
+  BOTH(named_barrier_sixteen, 1, 64, 0);
+  BOTH(named_barrier_of_part_of_a_warp, 1, 64, 0);
+  BOTH(named_barrier_of_more_than_the_block, 1, 64, 0);
+  BOTH(named_barrier_of_two_sizes, 1, 64, 0);
+  BOTH(named_barrier_of_too_many, 1, 96, 0);
+  BOTH(arrives_and_nobody_else, 1, 64, 0);
+  BOTH(arrives_twice, 1, 64, 0);
+  BOTH(arrives_again_untold, 1, 64, 0);
   m.def("launch_shape", [](const Buffer& in, const Buffer& out, unsigned grid, unsigned block, std::size_t bytes) {
     launch(unwritten_output<false>, grid, block, bytes, nullptr, in.as<float>(), out.as<float>(), 0);
   });
