@@ -257,6 +257,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks) conv_pool(
 inline constexpr int kStemKernel = 4, kStemChannels = 4;
 inline constexpr int kStemThreads = 128;
 inline constexpr int kStemOutputs = kStemThreads / 32 * kWarpOutputs;
+inline constexpr int kStemMostOutputs = 65535 * kStemOutputs;  // a launch has no more blocks in y
 inline constexpr int kStemRows = 4, kStemColumns = 16;  // of a tile, pooled
 inline constexpr int kStemImageRows = 2 * kStemRows + kStemKernel - 1;
 inline constexpr int kStemImageColumns = 2 * kStemColumns + kStemKernel - 1;
@@ -416,7 +417,7 @@ inline void launch_conv_pool_of(const ConvPool& call, cudaStream_t stream) {
 inline bool is_stem(const ConvPool& call) {
   const bool narrow = call.number == Number::kFloat16 || call.number == Number::kBFloat16;
   return narrow && call.made.pool && call.groups == 1 && call.convolution.kernel == kStemKernel &&
-         call.convolution.channels <= kStemChannels;
+         call.convolution.channels <= kStemChannels && call.group_outputs <= kStemMostOutputs;
 }
 
 template <Number kNumber>

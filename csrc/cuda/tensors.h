@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
 namespace efficientad_fast::cuda {
@@ -39,14 +40,36 @@ inline int attribute_of(const Tensor& tensor, cudaDeviceAttr attribute) {
   return value;
 }
 
-// Refuses a tensor on a GPU without the instructions of ptx.h, and e4m3 on one without those for e4m3.
+// Of the architectures (as __CUDA_ARCH__) that code is `compiled` for, the one (such as 80) whose code a GPU of that
+// capability runs: a newer GPU runs older code too, machine code of its major version or PTX. 0 where there is none.
+constexpr int code_for(int capability, std::initializer_list<int> compiled) {
+  int newest = 0;
+  for (const int architecture : compiled) {
+    const int number = architecture / 10;
+    newest = number <= capability && number > newest ? number : newest;
+  }
+  return newest;
+}
+
+static_assert(code_for(89, {800, 900}) == 80 && code_for(90, {750}) == 75 && code_for(80, {900}) == 0);
+
+inline std::string capability_text(int number) {
+  return std::to_string(number / 10) + "." + std::to_string(number % 10);
+}
+
+// Refuses a tensor on a GPU without the instructions of ptx.h, and e4m3 on one without those for e4m3; also where it
+// runs code for an older GPU, which has traps in their place.
 inline void require_products(const char* operator_name, const char* name, const Tensor& given) {
-  const int major = attribute_of(given, cudaDevAttrComputeCapabilityMajor);
-  const int minor = attribute_of(given, cudaDevAttrComputeCapabilityMinor);
-  const std::string found = "one of " + std::to_string(major) + "." + std::to_string(minor);
-  EFFICIENTAD_FAST_REQUIRE(major >= 8, operator_name, name, "on a GPU of compute capability 8.0 or newer", found);
-  EFFICIENTAD_FAST_REQUIRE(given.scalar_type() != ScalarType::Float8_e4m3fn || 10 * major + minor >= 89, operator_name,
-                           name, "of another dtype than float8_e4m3fn on a GPU of compute capability below 8.9", found);
+  const int capability = 10 * attribute_of(given, cudaDevAttrComputeCapabilityMajor) +
+                         attribute_of(given, cudaDevAttrComputeCapabilityMinor);
+  const int code = code_for(capability, {__CUDA_ARCH_LIST__});
+  const std::string found =
+      "one of " + capability_text(capability) + (code == capability ? "" : ", with code for " + capability_text(code));
+  EFFICIENTAD_FAST_REQUIRE(code >= 80, operator_name, name,
+                           "on a GPU of compute capability 8.0 or newer, with code for 8.0 or newer", found);
+  EFFICIENTAD_FAST_REQUIRE(given.scalar_type() != ScalarType::Float8_e4m3fn || code >= 89, operator_name, name,
+                           "of another dtype than float8_e4m3fn on a GPU, or by code, of compute capability below 8.9",
+                           found);
 }
 
 // Kernels index sides with 32 bits, and so does a launch its blocks.
