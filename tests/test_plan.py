@@ -265,7 +265,7 @@ def test_every_backend_name_builds_a_plan(backend: str) -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_known_names() -> None:
-    with pytest.raises(InputError, match="auto, operators, reference, got 'tpu'"):
+    with pytest.raises(InputError, match="auto, operators, triton, cuda, reference, got 'tpu'"):
         build_plan(source(), CPU, torch.float32, backend="tpu")  # type: ignore[arg-type]
 
 

@@ -284,8 +284,12 @@ def test_every_tile_that_ships_makes_layers_of_the_autoencoder(tile: dict[str, i
         weight = random_features(outputs, channels, layer.kernel, layer.kernel) / channels
         bias = torch.rand(outputs, generator=GENERATOR).to(DEVICE)
         out, memory = fenced(random_features(3, outputs, *layer.out_size), FENCE)
-        with tiles.forced("autoencoder", module.facts(layer, read, weight), tile):
-            module._launch(layer, read, weight, bias, out)
+        stated = module.facts(layer, read, weight)
+        with (
+            tiles.forced("autoencoder", stated, tile),
+            tiles.forced("autoencoder.resize", stated, {"apart": 0}),
+        ):
+            module._launch(layer, read, weight, bias, out, out.new_empty(0))
         resized = read.double()
         if layer.resized:
             resized = torch.nn.functional.interpolate(resized, layer.size, mode="bilinear").half().double()
