@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import efficientad_fast.plan as planning
 from efficientad_fast.detector import Preprocessing
-from efficientad_fast.plan import MixedPlan, PlanInput, ReferencePlan, Step, build_plan
+from efficientad_fast.plan import MixedPlan, Pending, PlanInput, ReferencePlan, Step, build_plan
 from efficientad_fast.plan import graphs as graphs_module
 from efficientad_fast.plan.graphs import GraphTurns, Launches, Transfers, Work
 from efficientad_fast.reference.maps import Quantiles
@@ -46,15 +46,19 @@ class StandInStream:
 
 
 class StandInEvent:
+    """One that was not recorded is waited for by nobody."""
+
     def __init__(self, cuda: StandInCuda) -> None:
         self.cuda = cuda
+        self.stream: StandInStream | None = None
 
-    def record(self, stream: StandInStream) -> None:
-        self.stream = stream
-        self.cuda.log.append(f"event of {stream.name}")
+    def record(self, stream: StandInStream | None = None) -> None:
+        self.stream = stream or self.cuda.current_stream(None)
+        self.cuda.log.append(f"event of {self.stream.name}")
 
     def synchronize(self) -> None:
-        self.cuda.log.append(f"host waits for event of {self.stream.name}")
+        if self.stream is not None:
+            self.cuda.log.append(f"host waits for event of {self.stream.name}")
 
 
 class Recorder(TorchDispatchMode):
@@ -381,6 +385,60 @@ def test_submitted_images(plain: PlanInput, cuda: StandInCuda, convention: str, 
     assert keys.keys() == {False, True} and all(work.graph is not None for work in keys.values())
 
 
+def test_small_batches_are_copied_by_the_graph(plan: MixedPlan, expected: MixedPlan, cuda: StandInCuda) -> None:
+    preprocessing, allowed = Preprocessing(), tolerance("preprocess", torch.float16)
+
+    def submitted(seed: int) -> tuple[list[Tensor], Pending]:
+        batch = decoded(seed, (300, 260))
+        return batch, plan.submit(batch, preprocessing)
+
+    def assert_right(batch: list[Tensor], pending: Pending) -> None:
+        right_scores, right_maps = expected.submit(batch, preprocessing).result()
+        scores, maps = pending.result()
+        assert_close(scores, right_scores, allowed, "scores")
+        assert_close(maps[0], right_maps[0], allowed, "map")
+
+    for seed in range(3):  # launched beside its copies, then with them, then captured
+        assert_right(*submitted(seed))
+    cuda.log.clear()
+    assert_right(*submitted(3))
+    assert cuda.log == [
+        "the caller waits for event of the caller",
+        "host waits for event of the caller",
+        "replay on the caller",
+        "event of the caller",
+        "event of the caller",
+        "host waits for event of the caller",
+    ], "one graph, and nothing on other streams"
+
+    # Of several under way two are staged, and one is copied as larger batches are.
+    waiting = [submitted(seed) for seed in range(4, 7)]
+    cuda.log.clear()
+    for one in waiting:
+        assert_right(*one)
+    assert [line for line in cuda.log if "stream" in line] == ["host waits for event of stream 2"]
+    # Whoever forgets a batch, or keeps what came of it, keeps no stage.
+    forgotten = submitted(7)
+    del forgotten
+    kept = [submitted(seed) for seed in (8, 9)]
+    for one in kept:
+        assert_right(*one)
+    cuda.log.clear()
+    for seed in (10, 11, 12):
+        assert_right(*submitted(seed))
+    assert not any("stream" in line for line in cuda.log)
+    [stages] = [entry.stages for key, entry in plan._entries.items() if key.form is not None]
+    assert len(stages._free) == 2
+
+
+def test_batches_that_take_long_to_copy_are_copied_beside_the_networks(plan: MixedPlan, cuda: StandInCuda) -> None:
+    batch = decoded(0, (512, 1024))
+    for _ in range(4):
+        plan.submit(batch, Preprocessing()).result()
+    assert all(entry.stages._made == 0 for entry in plan._entries.values())
+    assert "host waits for event of stream 2" in cuda.log
+
+
 def test_inside_a_capture_of_the_callers_everything_is_its_own(
     plain: PlanInput, plan: MixedPlan, expected: MixedPlan, cuda: StandInCuda
 ) -> None:
@@ -466,6 +524,25 @@ def test_gpu_scores_maps_and_images(plain: PlanInput, devices: list[torch.device
             pixels = torch.stack(batch).movedim(1, 3).to(devices[0])
             on_device = plan.run_images(pixels, preprocessing)
             assert_close(on_device[0], scores, tolerance("preprocess", torch.float16), "scores")
+
+
+@pytest.mark.gpu
+def test_gpu_small_batches_from_many_threads(plain: PlanInput, devices: list[torch.device]) -> None:
+    plan, preprocessing = on_gpu(plain, devices[0], torch.float16), Preprocessing()
+    batches = [decoded(seed, (300, 260)) for seed in range(6)]
+    right = [plan.submit(batch, preprocessing).result() for batch in batches]
+
+    def repeated(number: int) -> list[tuple[Tensor, list[Tensor]]]:
+        waiting = [plan.submit(batches[number], preprocessing) for _ in range(3)]
+        found = [one.result() for one in waiting]
+        return found + [plan.submit(batches[number], preprocessing).result() for _ in range(20)]
+
+    with ThreadPoolExecutor(6) as pool:
+        for found, (scores, [anomaly_map]) in zip(pool.map(repeated, range(6)), right, strict=True):
+            for one in found:
+                assert_close(one[0], scores, tolerance("preprocess", torch.float16), "scores")
+                assert_close(one[1][0], anomaly_map, tolerance("preprocess", torch.float16), "map")
+    assert any(entry.stages._made for entry in plan._entries.values())
 
 
 @pytest.mark.gpu

@@ -88,9 +88,16 @@ class Pending:
 
     def result(self) -> Results:
         """Waits for the batch: scores and maps as :meth:`Plan.run` returns them."""
+        finish = self._finish  # before looking at what another thread may write
         if self._results is None:
-            self._results = self._finish()
+            self._results = finish()
+            # It may hold memory that another batch could use.
+            self._finish = _finished
         return self._results
+
+
+def _finished() -> Results:
+    raise AssertionError("a batch's results are made once")
 
 
 class Step(NamedTuple):

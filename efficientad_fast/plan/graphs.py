@@ -11,6 +11,7 @@ import contextlib
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,16 +32,20 @@ class Launches(NamedTuple):
 
     Attributes:
         first: before all else, such as preprocessing.
+        last: behind all else, such as copying results to the host.
     """
 
     first: Callable[[], None] | None
     steps: Sequence[Step]
+    last: Callable[[], None] | None = None
 
     def one_by_one(self) -> None:
         if self.first is not None:
             self.first()
         for step in self.steps:
             step.run()
+        if self.last is not None:
+            self.last()
 
     def forked(self, cuda: Any, main: Any, side: Any) -> None:
         """On stream ``main``, which is the current one, what may run beside on ``side``, and both joined."""
@@ -62,15 +67,21 @@ class Launches(NamedTuple):
         # A capture ends with an error where a stream was not joined.
         if not joined:
             main.wait_stream(side)
+        if self.last is not None:
+            self.last()
 
 
 class Work:
-    """What is known of something that is run again and again for one shape of batch."""
+    """What is known of something that is run again and again for one shape of batch.
 
-    def __init__(self) -> None:
+    Args:
+        has_run: whether the same kernels were launched before, so that none is to be compiled.
+    """
+
+    def __init__(self, *, has_run: bool = False) -> None:
         self.launches: Launches | None = None
         self.graph: Any = None
-        self.has_run = False
+        self.has_run = has_run
 
 
 class Turns:
@@ -122,7 +133,8 @@ class GraphTurns(Turns):
         super().__init__()
         self._device = device
         self._cuda = cuda
-        self._last: tuple[Any, Any] | None = None  # stream and event behind all work on the buffers
+        self._last: Any = None  # stream that has the last work on the buffers
+        self._behind = cuda.Event()  # that work
         self._streams: tuple[Any, Any] | None = None
         self._pool: Any = None
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -132,14 +144,13 @@ class GraphTurns(Turns):
     def turn(self) -> Iterator[None]:
         with self._lock, self._cuda.device(self._device):
             current = self._cuda.current_stream(self._device)
-            if self._last is not None and self._last[0] != current:
-                current.wait_event(self._last[1])
+            if self._last is not None and self._last != current:
+                current.wait_event(self._behind)
             try:
                 yield
             finally:
-                last = self._cuda.Event()
-                last.record(current)
-                self._last = current, last
+                self._behind.record(current)
+                self._last = current
 
     def run(self, work: Work, make: Callable[[], Launches]) -> None:
         if work.graph is None and work.has_run and self._works:
@@ -156,7 +167,7 @@ class GraphTurns(Turns):
 
     def settle(self) -> None:
         if self._last is not None:
-            self._last[1].synchronize()
+            self._behind.synchronize()
 
     def _captured(self, make: Callable[[], Launches]) -> Any:
         """A graph of them, or None where there can be none, now or ever."""
@@ -202,6 +213,85 @@ class GraphTurns(Turns):
         return graph
 
 
+class Stage:
+    """Host memory for a batch and its results, which a graph copies from and to, beside everything between.
+
+    For small batches: the copies wait for the networks' turn, but nothing of them is asked for one by one.
+
+    Args:
+        pixels: on the device, of which the stage's are copied to.
+        outcome: on the device, which is copied to the stage's.
+    """
+
+    def __init__(self, pixels: Tensor, outcome: Tensor, work: Work, cuda: Any) -> None:
+        self.work = work
+        self._device = (pixels, outcome)
+        pins = pixels.is_cuda
+        self._pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=pins)
+        self._outcome = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=pins)
+        self._done = cuda.Event()
+
+    def fill(self, images: Sequence[Tensor]) -> None:
+        """With ``(3, h, w)`` each, once nothing reads those of before."""
+        self._done.synchronize()
+        _stack(images, self._pixels)
+
+    def copy_in(self) -> None:
+        self._device[0].copy_(self._pixels, non_blocking=True)
+
+    def copy_out(self) -> None:
+        self._outcome.copy_(self._device[1], non_blocking=True)
+
+    def launched(self) -> None:
+        """What copies, and all before it, is behind on the current stream."""
+        self._done.record()
+
+    def results(self) -> Tensor:
+        """Waits for them. They are overwritten when the stage is used again."""
+        self._done.synchronize()
+        return self._outcome
+
+
+class Stages:
+    """A few of one shape, each lent to one batch at a time. Those used last are lent first."""
+
+    def __init__(self) -> None:
+        self._free: deque[Stage] = deque()
+        self._made = 0
+
+    def lend(self, make: Callable[[], Stage]) -> Loan | None:
+        """In a turn. None where all are lent."""
+        try:
+            stage = self._free.pop()
+        except IndexError:
+            if self._made == _STAGES:
+                return None
+            stage = make()
+            self._made += 1
+        return Loan(stage, self._free)
+
+
+_STAGES = 2
+"""One that is computed, and one that is filled meanwhile."""
+
+
+class Loan:
+    """A stage until this is dropped."""
+
+    def __init__(self, stage: Stage, free: deque[Stage]) -> None:
+        self.stage = stage
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free.append(self.stage)
+
+
+def _stack(images: Sequence[Tensor], pixels: Tensor) -> None:
+    """``(3, h, w)`` each to ``(N, h, w, 3)``."""
+    for image, target in zip(images, pixels, strict=True):
+        target.copy_(image.movedim(0, -1))
+
+
 class Transfers:
     """Copies between pinned memory and a GPU, on streams of their own.
 
@@ -219,6 +309,9 @@ class Transfers:
         self._to_device = cuda.Stream(device)
         self._to_host = cuda.Stream(device)
 
+    def stage(self, pixels: Tensor, outcome: Tensor, work: Work) -> Stage:
+        return Stage(pixels, outcome, work, self._cuda)
+
     def to_device(self, images: Sequence[Tensor]) -> Tensor:
         """``(3, h, w)`` of one shape and dtype to ``(N, h, w, 3)`` on the device, for the current stream.
 
@@ -228,8 +321,7 @@ class Transfers:
             return torch.stack([one.movedim(0, -1).to(self._device) for one in images])
         shape = (len(images), *images[0].shape[1:], 3)
         pinned = torch.empty(shape, dtype=images[0].dtype, pin_memory=self._pins)
-        for image, target in zip(images, pinned, strict=True):
-            target.copy_(image.movedim(0, -1))
+        _stack(images, pinned)
         current = self._cuda.current_stream(self._device)
         with self._cuda.stream(self._to_device):
             moved = pinned.to(self._device, non_blocking=True)

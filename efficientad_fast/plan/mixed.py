@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -38,7 +38,7 @@ from efficientad_fast.plan.folding import (
     link,
     ordinary_tensors,
 )
-from efficientad_fast.plan.graphs import GraphTurns, Launches, Transfers, Turns, Work
+from efficientad_fast.plan.graphs import GraphTurns, Launches, Stage, Stages, Transfers, Turns, Work
 from efficientad_fast.reference.networks import feature_size
 
 MIXED_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -62,6 +62,10 @@ _KEPT = 6
 """Shapes and forms of batches whose buffers and graphs a plan keeps."""
 
 _FORMS_REMEMBERED = 16
+
+_MOST_STAGED = 2**20
+"""Bytes of images and results for which copies are part of the graph. Copying more takes so long that it is better done
+beside the networks."""
 
 _Taken = TypeVar("_Taken")
 
@@ -138,6 +142,7 @@ class _Narrow:
 class _Entry:
     buffers: _Buffers
     work: Work
+    stages: Stages
 
 
 class MixedPlan(Plan):
@@ -243,7 +248,8 @@ class MixedPlan(Plan):
             scores, _ = self.scored_maps(map_st, map_ae, self.quantiles, [original_size] * len(images))
             return scores, self.anomaly_map(map_st, map_ae, self.quantiles, self.size)[0]
 
-        return self._predict_images([images.to(self.device)], preprocessing, take)
+        form = self._known_form(len(images), original_size, images.dtype, _options(preprocessing))
+        return self._predict_images([images.to(self.device)], preprocessing, form, take)
 
     def _run(self, batch: Tensor, original_sizes: Sequence[tuple[int, int]], original_maps: bool) -> Results:
         if len(batch) == 0:
@@ -262,12 +268,38 @@ class MixedPlan(Plan):
         self._check_size(preprocessing)
         known = [one if one.dtype == torch.uint8 else one.float() for one in images]
         alike = len({(one.shape, one.dtype, one.device.type) for one in known}) == 1
-        moved = [self._transfers.to_device(group) for group in ([known] if alike else [[one] for one in known])]
         sizes = [(one.shape[-2], one.shape[-1]) for one in images]
+        form = self._known_form(len(known), sizes[0], known[0].dtype, _options(preprocessing)) if alike else None
+        if form is not None and not original_maps:
+            staged = self._submit_staged(known, form)
+            if staged is not None:
+                return staged
+        moved = [self._transfers.to_device(group) for group in ([known] if alike else [[one] for one in known])]
         take = partial(self._take, original_sizes=sizes, original_maps=original_maps)
-        flat, made = self._predict_images(moved, preprocessing, take)
+        flat, made = self._predict_images(moved, preprocessing, form, take)
         wait = self._transfers.to_host(flat)
         return Pending(lambda: _parted(wait(), made))
+
+    def _submit_staged(self, images: Sequence[Tensor], form: _Form) -> Pending | None:
+        """By a graph that copies too, or None where that is for none or there is no stage free."""
+        count, (height, width) = len(images), self.size
+        copied = count * (images[0].nbytes + 4 * (1 + height * width))
+        scored = self.map_convention == "resized"
+        on_host = images[0].device.type == "cpu"
+        if not scored or not on_host or copied > _MOST_STAGED or self._turns.is_captured_by_caller():
+            return None
+        key = _Key(count, height, width, False, form)
+        with self._turns.turn():
+            entry = self._entry(key)
+            loan = entry.stages.lend(partial(self._stage, entry))
+            if loan is None:
+                return None
+            stage = loan.stage
+            stage.fill(images)
+            self._turns.run(stage.work, partial(self._launches, entry.buffers, key, self._own, stage))
+            entry.work.has_run = True
+            stage.launched()
+        return Pending(lambda: _parted(loan.stage.results(), [self.size] * count))
 
     @contextlib.contextmanager
     def steps(self, batch: Tensor) -> Iterator[list[Step]]:
@@ -427,16 +459,15 @@ class MixedPlan(Plan):
         return self._in_turn(key, lambda buffers: _fill(buffers, batch), take, statistics)
 
     def _predict_images(
-        self, images: Sequence[Tensor], preprocessing: ImagePreprocessing, take: Callable[[_Buffers], _Taken]
+        self,
+        images: Sequence[Tensor],
+        preprocessing: ImagePreprocessing,
+        form: _Form | None,
+        take: Callable[[_Buffers], _Taken],
     ) -> _Taken:
-        """The same for ``(n, h, w, 3)`` on the device: groups of one size, or one group."""
+        """The same for ``(n, h, w, 3)`` on the device: groups of one size, or one group of that form."""
         first, options = images[0], _options(preprocessing)
         count = sum(map(len, images))
-        form: _Form | None = None
-        if len(images) == 1:
-            form = _Form(first.shape[1], first.shape[2], first.dtype, **options)
-            if not self._is_known(count, form):
-                form = None
 
         def fill(buffers: _Buffers) -> None:
             if buffers.pixels is not None:
@@ -450,20 +481,23 @@ class MixedPlan(Plan):
 
         return self._in_turn(_Key(count, *self.size, False, form), fill, take, None)
 
-    def _is_known(self, count: int, form: _Form) -> bool:
-        """Whether such images came before.
+    def _known_form(
+        self, count: int, size: tuple[int, int], dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> _Form | None:
+        """Of images that came before, else None.
 
         Sizes that come once would cost a capture each: the graph begins behind the preprocessing for them.
         """
+        form = _Form(*size, dtype, **options)
         if _Key(count, *self.size, False, form) in self._entries:
-            return True
+            return form
         with self._forms_lock:
             is_known = (count, form) in self._forms
             self._forms[count, form] = None
             self._forms.move_to_end((count, form))
             while len(self._forms) > _FORMS_REMEMBERED:
                 self._forms.popitem(last=False)
-        return is_known
+        return form if is_known else None
 
     def _in_turn(
         self,
@@ -499,7 +533,7 @@ class MixedPlan(Plan):
         entry = self._entries.pop(key, None)
         if entry is None:
             with ordinary_tensors():
-                entry = _Entry(self._buffers(key), Work())
+                entry = _Entry(self._buffers(key), Work(), Stages())
         self._entries[key] = entry
         if len(self._entries) > _KEPT:
             self._turns.settle()
@@ -521,17 +555,25 @@ class MixedPlan(Plan):
             make(images * (1 + height * width)) if scored else None,
         )
 
-    def _launches(self, buffers: _Buffers, key: _Key, distance: _Narrow) -> Launches:
+    def _stage(self, entry: _Entry) -> Stage:
+        buffers = entry.buffers
+        assert self._transfers is not None and buffers.pixels is not None and buffers.outcome is not None
+        with ordinary_tensors():
+            return self._transfers.stage(buffers.pixels, buffers.outcome, Work(has_run=entry.work.has_run))
+
+    def _launches(self, buffers: _Buffers, key: _Key, distance: _Narrow, stage: Stage | None = None) -> Launches:
         first = None
         form, pixels = key.form, buffers.pixels
         if form is not None and pixels is not None:
             preprocess = self._operator("preprocess.out")
 
             def first() -> None:
+                if stage is not None:
+                    stage.copy_in()
                 preprocess(pixels, resize=form.resize, mean=form.mean, std=form.std, out=buffers.rgb)
 
         with ordinary_tensors():
-            return Launches(first, self._steps(buffers, distance))
+            return Launches(first, self._steps(buffers, distance), None if stage is None else stage.copy_out)
 
     def _steps(self, buffers: _Buffers, distance: _Narrow) -> list[Step]:
         """With activations of their own."""
