@@ -147,10 +147,12 @@ inline void checked_depth(const Tensor& weight_first, const std::optional<Tensor
   packing::checked_planes(kName, "auto", sources);
 }
 
-// Numbers of the workspace of feature_distance.mixed for maps of that size.
+// Of a kernel's block where several divide a pixel's outputs.
+inline constexpr int64_t kFewestOutputs = 32;
+
+// Numbers of the workspace of feature_distance.mixed for maps of that size; feature_distance.py says why so many.
 inline int64_t mixed_workspace(int64_t images, int64_t height, int64_t width, int64_t outputs) {
-  constexpr int64_t kFewestOutputs = 16;
-  return images * height * width * (1 + (outputs + kFewestOutputs - 1) / kFewestOutputs);
+  return images * height * width * (1 + packing::rounded_up(outputs, kFewestOutputs / 2) / (kFewestOutputs / 2));
 }
 
 // feature_distance.mixed

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from operator_cases import Case, cases, cases_module
 
 from efficientad_fast import ops
@@ -233,6 +234,47 @@ def test_few_compilations_serve_all_images_of_the_autoencoder(capability: float)
         compilations.add(launches)
     counts = compilations.counts()
     assert counts["_convolve"] <= 20 and counts["_resize"] == 1 and counts["_conv_pool"] <= 4, counts
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    capability=st.sampled_from((8.0, 8.6, 9.0, 10.0)),
+    dtype=st.sampled_from((torch.float32, torch.float16)),
+    images=st.integers(1, 5),
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    outputs=st.integers(1, 700),
+    kernel=st.integers(1, 16),
+    channels=st.sampled_from((3, 64)),
+)
+def test_counts_of_feature_distance_lie_where_no_call_writes_sums(
+    capability: float,
+    dtype: torch.dtype,
+    images: int,
+    size: tuple[int, int],
+    outputs: int,
+    kernel: int,
+    channels: int,
+) -> None:
+    """Whatever sizes share a workspace: sums in its first half, counts in its last quarter."""
+    from efficientad_fast.triton_kernels import launching
+    from efficientad_fast.triton_kernels.feature_distance import feature_distance_mixed
+
+    from efficientad_fast.ops import feature_distance
+
+    def on_meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+
+    first = on_meta(images, channels, *(side + kernel - 1 for side in size))
+    numbers = feature_distance.mixed_workspace_size(images, *size, outputs)
+    out, workspace = (torch.empty(shape, device="meta") for shape in ((images, 1, *size), (numbers,)))
+    with launching.recorded() as launches, launching.as_if_on(capability):
+        feature_distance_mixed(first, on_meta(outputs, channels, kernel, kernel), out=out, workspace=workspace)
+    [launch] = launches
+    if launch.arguments["PARTS"] > 1:
+        counts = launch.arguments["counts_ptr"]
+        assert launch.arguments["PARTS"] * out.numel() <= numbers / 2
+        assert launch.programs // launch.arguments["PARTS"] <= len(counts) <= numbers / 4
+        assert counts.storage_offset() + len(counts) == numbers
 
 
 def test_launches_are_made_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,6 +249,27 @@ def test_a_workspace_serves_maps_of_all_sizes(capability: float) -> None:
 
 
 @pytest.mark.parametrize("capability", [8.0, 9.0])
+def test_a_workspace_serves_maps_in_the_smallest_tiles(capability: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a user's table may hold: sums of the first call would fill all but a number of the workspace, and the
+    second, whose every pixel is a tile, would count up from some of them.
+    """
+    from efficientad_fast.triton_kernels import launching, tiles
+
+    smallest = {"rows": 1, "columns": 16, "outputs": 16, "depth": 32, "warps": 4, "stages": 2}
+    monkeypatch.setattr(tiles, "choose", lambda kernel, facts: dict(smallest))
+    sizes = [(1, 1, 160), (3, 1, 17), (3, 1, 40), (1, 1, 160)]
+    workspace = torch.zeros(max(distance_contract.mixed_workspace_size(1, *size) for size in sizes), device=DEVICE)
+    for height, width, outputs in sizes:
+        # Padding keeps tiles from standing over rows.
+        first, weight = random_features(1, 32, height, width), random_features(outputs, 32, 3, 3)
+        out = torch.full((1, 1, height, width), math.nan, device=DEVICE)
+        with launching.as_if_on(capability):
+            kernel("feature_distance", "mixed")(first, weight, padding_first=1, out=out, workspace=workspace)
+        expected = distance_contract.compute(first.double(), weight.double(), padding_first=1)
+        assert_close(out, expected, tolerance("feature_distance, mixed", torch.float32))
+
+
+@pytest.mark.parametrize("capability", [8.0, 9.0])
 @pytest.mark.parametrize("options", [{}, {"pool": True}, {"pool": True, "padding": 2, "pool_padding": 1}])
 def test_conv_pool_writes_its_outputs_alone(options: dict[str, Any], capability: float) -> None:
     """Tiles reach over the last row, column and output; what is around the image is NaN."""

@@ -248,6 +248,8 @@ def feature_distance_mixed(
     if weight_second is not None:
         stated |= {"channels": weight_second.shape[1], "kernel": weight_second.shape[2]}
     tile = chosen_tile("feature_distance", stated)
+    if tile["outputs"] < outputs:
+        tile["outputs"] = max(tile["outputs"], contract.FEWEST_OUTPUTS)
     ways = [ways_to_load(images_of, 1, tile, line=line) for images_of in pair]
     if BY_LINE in ways and len(set(ways)) > 1:
         ways = [ways_to_load(images_of, 1, tile, line=False) for images_of in pair]
@@ -272,7 +274,7 @@ def feature_distance_mixed(
         first.device,
         [
             *(one.images, one.weights, other.images, other.weights, scale, bias, out),
-            # From the end, where no call that shares the workspace writes sums.
+            # From the end, in a part where no call that shares the workspace writes sums.
             *(workspace, workspace.view(torch.int32)[-tiled:] if tiled else workspace.view(torch.int32)),
             *(*first.shape[2:], *(first if second is None else second).shape[2:], height, width),
             *(padding_first, padding_second, *counts, pixels, *one.strides, *other.strides),

@@ -21,6 +21,8 @@ namespace {
 using feature_distance::kName;
 using torch::stable::accelerator::DeviceGuard;
 
+static_assert(cuda::kTileOutputs >= feature_distance::kFewestOutputs);
+
 void feature_distance_mixed(const Tensor& first, const Tensor& weight_first, std::optional<Tensor> second,
                             std::optional<Tensor> weight_second, std::optional<Tensor> scale,
                             std::optional<Tensor> bias, int64_t padding_first, int64_t padding_second, Tensor out,

@@ -36,8 +36,9 @@ The same in mixed precision: products of float32, float16, bfloat16 or float8_e4
 float32. The difference of both convolutions is multiplied by ``scale`` (``(outputs,)`` float32, or None for 1) before
 the bias, float32 too, is added. out is float32, contiguous. Products of float32 are not rounded to TF32. workspace is
 ``(numbers,)`` in float32, contiguous, with ``numbers`` of at least :func:`mixed_workspace_size`: all zeros when it is
-first used, and as a call leaves it for the next. Two calls at a time must not share it. Allocates nothing on a device
-where first and second are read in place and weights are channels-last, which is how kernels read them.
+first used, and as a call leaves it for the next, of whatever shapes. Two calls at a time must not share it. Allocates
+nothing on a device where first and second are read in place and weights are channels-last, which is how kernels read
+them.
 
 Errors, in one sentence with argument, expected, got: `InputError` of the reference, RuntimeError of compiled kernels.
 """
@@ -63,8 +64,8 @@ __all__ = [
     "overloads",
 ]
 
-FEWEST_OUTPUTS = 16
-"""That a program of a kernel sums: for each as many, a number for each pixel in the workspace of ``mixed``."""
+FEWEST_OUTPUTS = 32
+"""Of a kernel's program where several divide a pixel's outputs: see :func:`mixed_workspace_size`."""
 
 
 def check(
@@ -102,12 +103,16 @@ def check_pack(weight_first: Tensor, weight_second: Tensor | None, algorithm: st
 
 
 def mixed_workspace_size(images: int, height: int, width: int, outputs: int) -> int:
-    """Numbers of the workspace for maps of that size: sums of some outputs for each pixel, and a count.
+    """Numbers of the workspace for maps of that size.
+
+    Twice as many as there can be sums: each of a pixel's programs writes one, and has :data:`FEWEST_OUTPUTS` or more.
+    Four times as many as there can be counts, of which no pixel needs two. So sums are in the first half of any
+    workspace, counts in its last quarter, and no call takes another's sums for counts.
 
     Args:
         outputs: of the convolutions, which are averaged.
     """
-    return images * height * width * (1 + -(-outputs // FEWEST_OUTPUTS))
+    return images * height * width * (1 + -(-outputs // (FEWEST_OUTPUTS // 2)))
 
 
 def check_mixed(
