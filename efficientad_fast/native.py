@@ -94,23 +94,37 @@ def cuda_archs() -> list[str]:
     return [] if info is None else list(info["cuda_archs"])
 
 
-def covers(archs: list[str], capability: str) -> bool:
-    """Whether code for ``archs`` (``8.0``, ``9.0a``, ``9.0+PTX``) runs on a GPU of this capability (``8.6``).
+def code_for(archs: list[str], capability: str) -> tuple[int, int] | None:
+    """The newest code for ``archs`` (``8.0``, ``9.0a``, ``9.0+PTX``) that runs on a GPU of this capability (``8.6``).
 
     Machine code runs on its own major version from its own minor version on, PTX on everything later; code with a
     suffix runs on that capability alone (``f``: on its family).
+
+    Returns:
+        The capability that it was compiled for, such as ``(8, 0)``; None where no code runs.
     """
-    device = tuple(map(int, capability.split(".")))
+    device = as_numbers(capability)
+    found = []
     for arch in archs:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if match is None:
             raise ValueError(f"not an architecture: {arch!r}")
         code, suffix, ptx = (int(match[1]), int(match[2])), match[3], match[4] is not None
-        if code == device:
-            return True
-        if code < device and suffix != "a" and (code[0] == device[0] or (ptx and not suffix)):
-            return True
-    return False
+        runs_later = suffix != "a" and (code[0] == device[0] or (ptx and not suffix))
+        if code == device or (code < device and runs_later):
+            found.append(code)
+    return max(found, default=None)
+
+
+def covers(archs: list[str], capability: str) -> bool:
+    """Whether :func:`code_for` finds any."""
+    return code_for(archs, capability) is not None
+
+
+def as_numbers(capability: str) -> tuple[int, int]:
+    """``(8, 6)`` of ``8.6``."""
+    major, minor = capability.split(".")
+    return int(major), int(minor)
 
 
 @functools.cache

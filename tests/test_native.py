@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -426,14 +427,14 @@ print(errors)
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of capability 7.5, and a CUDA library alone, with code for later ones."""
-    for cache in (ops.choose, ops._works_on):
+    for cache in (ops.choose, ops._works_on, ops._has_instructions):
         cache.cache_clear()
     ops.load()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(native, "cuda_archs", lambda: ["8.0", "9.0+PTX"])
     monkeypatch.setattr(ops, "_is_installed", lambda implementation: implementation == "cuda")
     yield
-    for cache in (ops.choose, ops._works_on):
+    for cache in (ops.choose, ops._works_on, ops._has_instructions):
         cache.cache_clear()
 
 
@@ -459,6 +460,49 @@ def test_a_library_that_does_not_load_is_passed_over_and_told_of(monkeypatch: py
 def test_a_gpu_that_the_library_has_code_for_takes_it(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cuda_archs", lambda: ["7.5"])
     assert ops.choose("anomaly_map", 0) is torch.ops.efficientad_fast_cuda.anomaly_map.default
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize(
+    ("capability", "archs", "told"),
+    [
+        ((7, 0), ["7.0"], "conv_pool, .*autoencoder by cuda need compute capability 8.0, and this GPU has 7.0$"),
+        ((6, 1), ["6.0+PTX", "8.0"], "by cuda need compute capability 8.0, and this GPU has 6.1$"),
+        ((9, 0), ["7.5+PTX"], r"this GPU has 9.0, but code for 7.5\+PTX; .*CUDA_ARCHS=9.0$"),
+        ((8, 6), ["7.5", "8.0", "9.0"], None),
+    ],
+)
+def test_kernels_whose_instructions_a_gpu_or_its_code_lacks_are_passed_over(
+    capability: tuple[int, int], archs: list[str], told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(native, "cuda_archs", lambda: archs)
+    monkeypatch.setattr(ops, "load_implementation", lambda implementation: None)
+    monkeypatch.setattr(ops, "has_kernel", lambda implementation, name, device: True)
+    monkeypatch.setattr(ops, "resolve", lambda namespace, name: (namespace, name))
+    needing = [name for name in ops.qualified_names() if ops.least_capability("cuda", name.partition(".")[0]) == "8.0"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = {name: ops.choose(name, 0) for name in ops.qualified_names()}
+    for name, implementation in chosen.items():
+        passed_over = told is not None and name in needing
+        assert implementation == (ops.overload(name).reference if passed_over else ("efficientad_fast_cuda", name))
+    assert {"conv_pool.mixed", "feature_distance.mixed", "autoencoder.mixed"} <= set(needing)
+    assert len(caught) == (told is not None)
+    for warning in caught:
+        assert re.search(told or "", str(warning.message)), str(warning.message)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_triton_makes_nothing_for_gpus_before_7(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_is_installed", lambda implementation: implementation == "triton")
+    monkeypatch.setattr(ops, "load_implementation", lambda implementation: None)
+    monkeypatch.setattr(ops, "has_kernel", lambda implementation, name, device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+    with pytest.warns(RuntimeWarning, match="by triton need compute capability 7.0, and this GPU has 6.1$") as told:
+        chosen = [ops.choose(name, 0) for name in ("conv_pool.mixed", "quantile", "anomaly_map")]
+    assert chosen == [ops.overload(name).reference for name in ("conv_pool.mixed", "quantile", "anomaly_map")]
+    assert len(told) == 1
 
 
 def test_a_source_tree_that_was_never_installed_has_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:

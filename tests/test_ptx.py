@@ -156,9 +156,9 @@ def test_operators_that_need_them_are_refused_and_passed_over_on_older_gpus(oper
     source = ROOT / "csrc" / "cuda" / f"{operator}.cu"
     if "ptx.h" in included(source):
         assert "require_products(" in source.read_text(encoding="utf-8")
-        assert "cuda" not in ops.choices()[operator]["7.5"]
+        assert ops.least_capability("cuda", operator) == "8.0"
     else:
-        assert "7.5" not in ops.choices()[operator]
+        assert ops.least_capability("cuda", operator) == "0.0"
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@
 `load` makes them callable as ``torch.ops.efficientad_fast.<op>``. The device picks the kernel:
 
 - CPU: the CPU library where it was built and has a kernel, else the operator's reference;
-- CUDA: the first implementation of ``choices.json`` that works on that GPU and has a kernel; the reference always does.
+- CUDA: the first implementation of ``choices.json`` that has a kernel for that GPU; the reference always does.
 
 Every implementation but the reference can also be called by itself, for tests and benchmarks:
 ``torch.ops.efficientad_fast_<cpu|cuda|triton>.<op>`` after `load_implementation`.
@@ -144,6 +144,12 @@ def choices() -> dict[str, dict[str, list[str]]]:
     return cast(dict[str, dict[str, list[str]]], _table()["cuda"])
 
 
+def least_capability(implementation: Implementation, operator: str) -> str:
+    """Such as ``8.0``: GPUs below it, and code for them, lack instructions that the implementation's kernels need."""
+    known: dict[str, str] = _table()["least_capability"].get(implementation, {})
+    return known.get(operator, known.get("default", "0.0"))
+
+
 def cpu_algorithm(operator: str, kernel_size: int, *, pool: bool = False, outputs: int | None = None) -> str:
     """The table's algorithm for packing a convolution for the CPU kernels: see `efficientad_fast.ops.packing`.
 
@@ -166,14 +172,17 @@ def tiles() -> dict[str, list[dict[str, Any]]]:
 
 @_Once
 def choose(qualified_name: str, device_index: int) -> Callable[..., Any]:
-    """The first of :func:`choices` that works on this GPU and has a kernel; the reference always does."""
-    by_capability = choices()[qualified_name.partition(".")[0]]
+    """The first of :func:`choices` that works on this GPU and has a kernel for it; the reference always does."""
+    operator = qualified_name.partition(".")[0]
+    by_capability = choices()[operator]
     capability = ".".join(map(str, torch.cuda.get_device_capability(device_index)))
     for implementation in by_capability.get(capability, by_capability["default"]):
         if implementation == "reference":
             break
         known = cast(Implementation, implementation)
-        if _works_on(known, capability) and has_kernel(known, qualified_name, "CUDA"):
+        if not (_works_on(known, capability) and has_kernel(known, qualified_name, "CUDA")):
+            continue
+        if _has_instructions(known, capability, least_capability(known, operator)):
             return resolve(f"{NAMESPACE}_{known}", qualified_name)
     return overload(qualified_name).reference
 
@@ -200,6 +209,23 @@ def _works_on(implementation: Implementation, capability: str) -> bool:
         _warn_of_slower(str(error))
         return False
     return True
+
+
+@_Once
+def _has_instructions(implementation: Implementation, capability: str, least: str) -> bool:
+    """Whether a GPU of that capability runs code for ``least`` or newer; of one that does not is told once."""
+    given, needed = native.as_numbers(capability), native.as_numbers(least)
+    code = native.code_for(native.cuda_archs(), capability) if implementation == "cuda" else given
+    if code is not None and code >= needed:
+        return True
+    offered = [name for name, known in choices().items() if implementation in known["default"]]
+    lacking = ", ".join(name for name in offered if least_capability(implementation, name) == least)
+    reason = f"{lacking} by {implementation} need compute capability {least}, and this GPU has {capability}"
+    if given >= needed:
+        built = ", ".join(native.cuda_archs())
+        reason += f", but code for {built}; install again with EFFICIENTAD_FAST_CUDA_ARCHS={capability}"
+    _warn_of_slower(reason)
+    return False
 
 
 def _warn_of_slower(reason: str) -> None:
