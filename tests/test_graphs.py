@@ -246,6 +246,25 @@ def test_where_capturing_fails_kernels_are_launched_one_by_one_and_it_is_said_on
     assert not graphs_module._capturing.locked()
 
 
+def test_no_cycles_are_collected_while_capturing() -> None:
+    cuda = StandInCuda()
+    turns, collecting = GraphTurns(CPU, cuda), []
+
+    def made() -> Launches:
+        collecting.append(gc.isenabled())
+        return Launches(None, [])
+
+    work = Work()
+    for _ in range(2):
+        with turns.turn():
+            turns.run(work, made)
+    assert collecting == [True, False] and gc.isenabled()
+    cuda.refuses = True
+    with turns.turn(), pytest.warns(RuntimeWarning, match="one by one"):
+        turns.run(Work(has_run=True), made)
+    assert gc.isenabled()
+
+
 def test_while_something_else_is_captured_kernels_are_launched_one_by_one() -> None:
     cuda, target = StandInCuda(), torch.zeros(1)
     turns, work = GraphTurns(CPU, cuda), small_work(cuda, target, LAYERS)
@@ -564,6 +583,25 @@ def test_gpu_threads_streams_and_devices(plain: PlanInput, devices: list[torch.d
             for results, expected in zip(pool.map(repeated, batches), right, strict=True):
                 for found in results:
                     assert_maps(found, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_in_cycles_do_not_disturb_a_capture(plain: PlanInput, devices: list[torch.device]) -> None:
+    plan = on_gpu(plain, devices[0], torch.float16)
+    other = on_gpu(plain, devices[0], torch.float16)
+    for _ in range(3):
+        other.raw_maps(images())
+    cycle = [other]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    del other, cycle
+    threshold = gc.get_threshold()
+    plan.raw_maps(images())
+    gc.set_threshold(1, 1, 1)  # collected by whatever is allocated next
+    try:
+        plan.raw_maps(images())
+    finally:
+        gc.set_threshold(*threshold)
+    assert all(entry.work.graph is not None for entry in plan._entries.values())
 
 
 @pytest.mark.gpu

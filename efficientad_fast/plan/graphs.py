@@ -8,6 +8,7 @@ Nothing waits for the GPU, and since turns follow each other, all graphs can sha
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import warnings
 import weakref
@@ -119,6 +120,19 @@ _capturing = threading.Lock()
 """One capture at a time in this process."""
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, no cycles are collected: a graph among them, whoever's, cannot be let go by a thread that captures, and
+    trying to ends the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class GraphTurns(Turns):
     """Turns on a GPU, with a CUDA graph for each work from the second time on.
 
@@ -199,7 +213,7 @@ class GraphTurns(Turns):
         current = cuda.current_stream(self._device)
         graph = cuda.CUDAGraph()
         main.wait_stream(current)
-        with cuda.stream(main):
+        with cuda.stream(main), _uncollected():
             # torch.cuda.graph would wait for the whole GPU, which is an error while another thread captures. What other
             # threads do, such as allocating, does not disturb a capture in this mode.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
