@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -114,9 +115,11 @@ class _Watch:
 
 @contextmanager
 def _told_plainly() -> Iterator[None]:
-    """Errors made for people are printed as a sentence; Ctrl-C says how to go on."""
+    """Errors and warnings made for people are printed as a sentence; Ctrl-C says how to go on."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: errors.print(f"note: {escape(str(message))}", soft_wrap=True)
+            yield
     except EfficientADError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
@@ -156,7 +159,11 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
     size: Annotated[str, typer.Option(help="Network size: N or HEIGHTxWIDTH, each side at least 256.")] = "256",
     teacher: Annotated[
-        str, typer.Option(help="'default', 'random', or a file made by `efficientad-fast distill`.")
+        str,
+        typer.Option(
+            help="'default', 'random', or a file: made by `efficientad-fast distill`, or a teacher of anomalib's or of "
+            "the widely used PyTorch implementation (.pth)."
+        ),
     ] = "default",
     penalty: Annotated[
         str,
@@ -457,6 +464,63 @@ def calibrate(
         console.print(
             f"saved {escape(str(target))}, threshold in {name} {calibrated.precisions[name].threshold:.4f} "
             f"(float32: {calibrated.threshold:.4f})",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        list[Path],
+        typer.Argument(
+            help="anomalib's checkpoint (.ckpt), or the files teacher_*.pth, student_*.pth, autoencoder_*.pth of the "
+            "widely used PyTorch implementation; or the folder of either."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Where the detector goes, a .safetensors file.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of good images, or data set, to compute what is missing from.")
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="What is missing: JSON or a torch.save'd dictionary with teacher_mean, teacher_std, q_st_start, "
+            "q_st_end, q_ae_start, q_ae_end, threshold, or some of them."
+        ),
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="In place of the one in the file.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Network size, in place of the one in the file: N or HEIGHTxWIDTH.")
+    ] = None,
+    padding: Annotated[
+        bool | None, typer.Option("--padding/--no-padding", help="Where the file does not say whether networks pad.")
+    ] = None,
+) -> None:
+    """Make a detector of a model that was trained elsewhere. No code in its files is executed."""
+    from efficientad_fast.interop.loading import Supplied, load_elsewhere, read_supplied
+    from efficientad_fast.training.inputs import check_output
+
+    with _told_plainly():
+        if out.suffix != ".safetensors":
+            raise InputError(f"--out must end in .safetensors, got {str(out)!r}.")
+        given = Supplied() if statistics is None else read_supplied(statistics)
+        given = dataclasses.replace(
+            given,
+            images=images,
+            threshold=given.threshold if threshold is None else threshold,
+            padding=padding,
+            size=None if size is None else _network_size(size),
+        )
+        check_output(out)
+        with _Watch() as watch:
+            loaded = load_elsewhere(source[0] if len(source) == 1 else source, given, watch.progress)
+        loaded.detector.save(out)
+        for note in loaded.notes:
+            console.print(escape(note), soft_wrap=True)
+        facts = loaded.detector.summary()
+        console.print(
+            f"saved {escape(str(out))}: {facts['model']}, {facts['network size']}, threshold "
+            f"{loaded.detector.threshold:.4f}",
             soft_wrap=True,
         )
 

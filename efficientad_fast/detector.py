@@ -9,6 +9,7 @@ import math
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
@@ -368,12 +369,54 @@ class Detector:
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Detector:
-        """Read a file written by :meth:`save`. No pickle is involved.
+    def load(
+        cls,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        images: str | os.PathLike[str] | None = None,
+        teacher_mean: Tensor | None = None,
+        teacher_std: Tensor | None = None,
+        quantiles: Quantiles | None = None,
+        threshold: float | None = None,
+        size: tuple[int, int] | None = None,
+        padding: bool | None = None,
+        pad_maps: bool | None = None,
+    ) -> Detector:
+        """Read a file written by :meth:`save`, or a model that was made elsewhere. No pickle is executed.
+
+        Made elsewhere: anomalib's Lightning checkpoint of ``EfficientAd``, or the folder it is in; the three files
+        ``teacher_*.pth``, ``student_*.pth``, ``autoencoder_*.pth`` of the widely used PyTorch implementation, or their
+        folder. They bring their map convention, preprocessing and threshold along where they have them. What they lack
+        is given, and what is given replaces what they have; the three files always lack the teacher's statistics and
+        the quantiles. docs/migrating.md shows both.
+
+        Args:
+            path: a file, a folder, or three files.
+            images: a folder of good images or a data set, to compute what is missing from. Of the three files'
+                data set, statistics and quantiles come from the images that they were trained and validated with.
+            teacher_mean, teacher_std: the teacher's channel statistics, a number for each channel.
+            size: height and width that images are resized to, where the file does not say it, or not in a way that this
+                package has.
+            padding: whether the networks pad, where the files do not say it: not, unless told otherwise.
+            pad_maps: whether maps are padded, where the file does not say it: yes, unless told otherwise.
+
+        Warns:
+            UserWarning: what was made elsewhere lacks a threshold, and whatever else should be known of it.
 
         Raises:
-            DetectorFileError: the file is missing, damaged, or something else.
+            DetectorFileError: the file is missing, damaged, or something else; or what a detector needs is neither in
+                it nor given.
+            InputError: arguments are given for a file of this package, which has all of them.
         """
+        from efficientad_fast.interop.loading import Supplied, load_elsewhere
+        from efficientad_fast.interop.reading import is_torch_file
+
+        supplied = Supplied(images, teacher_mean, teacher_std, quantiles, threshold, size, padding, pad_maps)
+        if not isinstance(path, str | os.PathLike) or Path(path).is_dir() or is_torch_file(path):
+            loaded = load_elsewhere(path, supplied)
+            for note in loaded.notes:
+                warnings.warn(note, UserWarning, stacklevel=2)
+            return loaded.detector
         path = Path(path)
         if not path.is_file():
             raise DetectorFileError(
@@ -384,6 +427,11 @@ class Detector:
             raise DetectorFileError(
                 f"{path} is not a detector of this package: its format is {metadata.get('format')!r}, "
                 f"expected {FILE_FORMAT!r}. Train one with `efficientad-fast train DATA --out MODEL`."
+            )
+        if supplied.given():
+            raise InputError(
+                f"{path} is a detector of this package, which has all it needs: leave out "
+                f"{', '.join(supplied.given())}. detector.replaced changes fields."
             )
         try:
             facts = json.loads(metadata["detector"])

@@ -287,6 +287,15 @@ def recognise(teacher: nn.Module, student: nn.Module, autoencoder: nn.Module) ->
     return Recognised(pdn, student_pdn, plain, upsample_sizes, image_size)
 
 
+def recognise_teacher(teacher: nn.Module) -> PatchDescriptionNetwork | str:
+    """As :func:`recognise`, of a teacher alone."""
+    try:
+        _require_plain_eval("teacher", teacher)
+        return _recognise_pdn("teacher", teacher)
+    except _UnrecognisedError as reason:
+        return str(reason)
+
+
 def _require_plain_eval(name: str, network: nn.Module) -> None:
     if _has_global_hooks():
         raise _UnrecognisedError("forward hooks are registered for all modules. Remove them.")
@@ -432,7 +441,8 @@ def _pair(setting: Any) -> Any:
     return (setting, setting) if type(setting) is int else setting
 
 
-def _upsample_sizes(size: tuple[int, int], *, padding: bool) -> list[tuple[int, int]]:
+def upsample_sizes_for(size: tuple[int, int], *, padding: bool) -> list[tuple[int, int]]:
+    """Of an ``nn.Sequential`` autoencoder for images of ``size`` (height, width)."""
     return [*Decoder.step_sizes(size), feature_size(size, padding=padding)]
 
 
@@ -440,7 +450,7 @@ def _image_size(upsample_sizes: Sequence[tuple[int, int]], *, padding: bool) -> 
     """The smallest image with these sizes: its sides are twice those of the sixth step, plus 2 or 3."""
     height, width = upsample_sizes[5]
     for size in itertools.product((2 * height + 2, 2 * height + 3), (2 * width + 2, 2 * width + 3)):
-        if _upsample_sizes(size, padding=padding) == upsample_sizes:
+        if upsample_sizes_for(size, padding=padding) == upsample_sizes:
             return size
     raise _UnrecognisedError(
         f"the autoencoder's nn.Upsample sizes {upsample_sizes} belong to no image size. Use H//64-1, H//32, H//16-1, "
@@ -463,7 +473,7 @@ class _Packed:
         if torch.is_autocast_enabled(self.plan.device.type):
             return "autocast is on, and packed networks run in their own dtype. Leave it, or use .half()."
         size = (image.shape[-2], image.shape[-1])
-        if self.upsample_sizes is not None and self.upsample_sizes != _upsample_sizes(size, padding=self.padding):
+        if self.upsample_sizes is not None and self.upsample_sizes != upsample_sizes_for(size, padding=self.padding):
             return f"the autoencoder's nn.Upsample sizes are not made for images of size {size}. Resize the images."
         return None
 

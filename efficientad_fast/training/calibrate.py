@@ -172,6 +172,39 @@ def largest_activations(
     return largest
 
 
+class ChannelStatistics:
+    """Mean and standard deviation of each of the teacher's channels over all that was added, summed in float64."""
+
+    def __init__(self) -> None:
+        self._sum = self._squares = torch.zeros(())
+        self._count = self._images = 0
+
+    def add(self, features: Tensor) -> None:
+        """Of one or more images: ``(N, C, h, w)``."""
+        flat = features.movedim(1, 0).flatten(1).double()
+        self._sum = self._sum.to(flat) + flat.sum(1)
+        self._squares = self._squares.to(flat) + (flat**2).sum(1)
+        self._count += flat.shape[1]
+        self._images += len(features)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Two ``(C,)`` float32, on the CPU.
+
+        Raises:
+            InputError: nothing was added, or a channel that never changes.
+        """
+        if self._count == 0:
+            raise InputError("The teacher's statistics need at least one image, got none.")
+        mean = self._sum / self._count
+        std = (self._squares / self._count - mean**2).clamp_min(0).sqrt()
+        if not bool((std > 0).all()):
+            raise InputError(
+                f"{int((std <= 0).sum())} of the teacher's {len(std)} channels have the same value everywhere in the "
+                f"{self._images} training images, so they cannot be normalised. Are the images blank?"
+            )
+        return mean.float().cpu(), std.float().cpu()
+
+
 class _RawMaps:
     """Both raw maps of images, in a file.
 

@@ -43,7 +43,7 @@ from efficientad_fast.reference.networks import (
 )
 from efficientad_fast.reference.preprocess import normalise, resize_antialias
 from efficientad_fast.training.augment import augment, to_grey
-from efficientad_fast.training.calibrate import THRESHOLD_RULE, calibrate, threshold_from_scores
+from efficientad_fast.training.calibrate import THRESHOLD_RULE, ChannelStatistics, calibrate, threshold_from_scores
 from efficientad_fast.training.inputs import check_images, check_output, check_space
 from efficientad_fast.training.state import (
     count_steps,
@@ -372,7 +372,7 @@ def teacher_statistics(
     preprocessing = settings.preprocessing
     height, width = feature_size(settings.size, padding=settings.padding)
     features: np.ndarray | None = None
-    total = squares = torch.zeros(())
+    statistics = ChannelStatistics()
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         check_space(cache.parent, 2 * len(paths) * height * width * teacher.out_channels)
@@ -384,19 +384,9 @@ def teacher_statistics(
             if features is None:
                 features = open_memmap(cache, "w+", np.float16, (len(paths), height, width, len(output)))
             features[index] = output.movedim(0, -1).half().cpu().numpy()
-        flat = output.flatten(1).double()
-        total = total.to(flat) + flat.sum(1)
-        squares = squares.to(flat) + (flat**2).sum(1)
+        statistics.add(output.unsqueeze(0))
         observer.progress("teacher statistics", index + 1, len(paths))
-    count = len(paths) * height * width
-    mean = total / count
-    std = (squares / count - mean**2).clamp_min(0).sqrt()
-    if not bool((std > 0).all()):
-        raise InputError(
-            f"{int((std <= 0).sum())} of the teacher's {len(std)} channels have the same value everywhere in the "
-            f"{len(paths)} training images, so they cannot be normalised. Are the images blank?"
-        )
-    return mean.float().cpu(), std.float().cpu(), features
+    return *statistics.result(), features
 
 
 def _kept_statistics(

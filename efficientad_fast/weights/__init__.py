@@ -1,4 +1,4 @@
-"""Teachers in safetensors files, and the one that comes with the package."""
+"""Teachers in files, and the one that comes with the package."""
 
 from __future__ import annotations
 
@@ -31,12 +31,23 @@ def save_teacher(teacher: PatchDescriptionNetwork, path: Path, provenance: Mappi
 def load_teacher(path: Path | None = None, *, padding: bool = False) -> tuple[PatchDescriptionNetwork, dict[str, Any]]:
     """A frozen float32 teacher and its provenance; the package's own where ``path`` is ``None``.
 
+    Args:
+        path: of :func:`save_teacher`; or made elsewhere: a teacher's state dict or ``nn.Sequential`` that
+            ``torch.save`` wrote, or anomalib's checkpoint. No pickle is executed.
+
     Raises:
-        DetectorFileError: the file is missing, damaged or not a teacher of ours.
+        DetectorFileError: the file is missing, damaged or holds no teacher.
     """
     path = DEFAULT_TEACHER if path is None else Path(path)
     if not path.is_file():
         raise DetectorFileError(f"No teacher at {path}. Give a file made by `efficientad-fast distill`.")
+    # interop is above this room, and needed for such files alone.
+    from efficientad_fast.interop.reading import is_torch_file
+
+    if is_torch_file(path):
+        from efficientad_fast.interop.loading import read_teacher
+
+        return read_teacher(path, padding=padding)
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != TEACHER_FORMAT:
         raise DetectorFileError(
