@@ -21,6 +21,7 @@
 #   TORCH                        requirement for PyTorch in a new environment, such as 'torch==2.13.0'
 #   EFFICIENTAD_FAST_BUILD       auto, none, cpu or cuda; here by default cpu where there is no GPU, else auto
 #   EFFICIENTAD_FAST_CUDA_ARCHS  architectures of the CUDA library
+#   EFFICIENTAD_FAST_LINEINFO    1: the CUDA library knows lines of its sources, for gpu-sanitize and profilers
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -32,7 +33,8 @@ VENV ?= .venv
 TORCH ?= torch>=2.11
 EFFICIENTAD_FAST_BUILD ?= $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),auto,cpu)
 EFFICIENTAD_FAST_CUDA_ARCHS ?=
-export EFFICIENTAD_FAST_BUILD EFFICIENTAD_FAST_CUDA_ARCHS
+EFFICIENTAD_FAST_LINEINFO ?=
+export EFFICIENTAD_FAST_BUILD EFFICIENTAD_FAST_CUDA_ARCHS EFFICIENTAD_FAST_LINEINFO
 
 BIN := $(VENV)/bin
 # Compiling every module of PyTorch ahead takes longer than compiling those that are used when they are.
@@ -115,10 +117,11 @@ $(TOOLS):
 	$(INSTALL) '$(TORCH)' ninja pybind11 'setuptools>=77'
 	@touch $@
 
+BUILD_SETTINGS = $(EFFICIENTAD_FAST_BUILD) $(EFFICIENTAD_FAST_CUDA_ARCHS) $(EFFICIENTAD_FAST_LINEINFO)
+
 # Rewritten only when a setting changed, so that another kind of build replaces the one that is there.
 $(SETTINGS): $(TOOLS) FORCE
-	@echo '$(EFFICIENTAD_FAST_BUILD) $(EFFICIENTAD_FAST_CUDA_ARCHS)' | cmp --silent - $@ || \
-	  echo '$(EFFICIENTAD_FAST_BUILD) $(EFFICIENTAD_FAST_CUDA_ARCHS)' > $@
+	@echo '$(BUILD_SETTINGS)' | cmp --silent - $@ || echo '$(BUILD_SETTINGS)' > $@
 
 # With the test tools there is nothing left that the package alone would need.
 $(PACKAGE) $(TESTS): $(SETTINGS) $(BUILD_INPUTS)

@@ -1,6 +1,6 @@
 """The build backend: setuptools' own, asking for PyTorch only when something will be compiled.
 
-Three environment variables steer the build; all are read and checked here, for setup.py too:
+Four environment variables steer the build; all are read and checked here, for setup.py too:
 
 EFFICIENTAD_FAST_BUILD
     ``auto`` (default) compiles what this machine allows and says what it left out and why; ``cpu`` and ``cuda``
@@ -11,6 +11,9 @@ EFFICIENTAD_FAST_CUDA_ARCHS
 EFFICIENTAD_FAST_SANITIZE
     Sanitizers to compile the CPU library with, such as ``address,undefined``; nothing else is built then. A finding
     ends the process. ``make sanitize`` builds into a folder of its own and runs the tests with it.
+EFFICIENTAD_FAST_LINEINFO
+    ``1`` compiles the CUDA library with lines of the sources, by which compute-sanitizer and profilers name places in
+    kernels. It is about twice as large then, and as fast.
 
 Nothing here imports PyTorch or asks for a GPU: compilers decide, not the machine that compiles.
 """
@@ -49,6 +52,7 @@ __all__ = [
 BUILD_VARIABLE = "EFFICIENTAD_FAST_BUILD"
 ARCHS_VARIABLE = "EFFICIENTAD_FAST_CUDA_ARCHS"
 SANITIZE_VARIABLE = "EFFICIENTAD_FAST_SANITIZE"
+LINEINFO_VARIABLE = "EFFICIENTAD_FAST_LINEINFO"
 MODES = ("auto", "none", "cpu", "cuda")
 SANITIZERS = ("address", "undefined", "float-cast-overflow")
 MINIMUM_TORCH = (2, 11)
@@ -78,6 +82,14 @@ def requested_sanitizers(environ: Mapping[str, str] = os.environ) -> tuple[str, 
     if unknown:
         raise SystemExit(f"{SANITIZE_VARIABLE}: {unknown[0]!r} is not known: use some of {', '.join(SANITIZERS)}.")
     return words
+
+
+def requested_lineinfo(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether EFFICIENTAD_FAST_LINEINFO is 1; ends the build if it is neither that nor 0 nor empty."""
+    value = environ.get(LINEINFO_VARIABLE, "").strip()
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{LINEINFO_VARIABLE}={value!r} is not known: use 1, or 0 as where it is not set.")
+    return value == "1"
 
 
 @dataclass(frozen=True)

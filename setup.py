@@ -41,6 +41,7 @@ OPTIMIZE = ["-O3", "-g0"]
 if SANITIZERS:
     # Python's own flags may have integers wrap, which is then no finding.
     OPTIMIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS, "-fno-sanitize-recover=all"]
+LINEINFO = ["-lineinfo"] if backend.requested_lineinfo() else []
 CXX_FLAGS = [*OPTIMIZE, "-fvisibility=hidden", TARGET]
 
 left_out: dict[str, str] = {}
@@ -214,7 +215,7 @@ class build_ext(torch.utils.cpp_extension.BuildExtension if torch else _build_ex
         extension.library_dirs.append(str(runtime))
         extension.define_macros += [("EFFICIENTAD_FAST_CUDA", None), ("USE_CUDA", None)]
         extension.extra_compile_args["nvcc"] = [
-            *("-O3", TARGET, "-Xcompiler", "-fvisibility=hidden"),
+            *("-O3", *LINEINFO, TARGET, "-Xcompiler", "-fvisibility=hidden"),
             *(flag for architecture in chosen for flag in architecture.flags()),
         ]
         architectures[:] = [str(architecture) for architecture in chosen]

@@ -161,6 +161,16 @@ def test_sanitizers_of_a_build_are_known_by_name(monkeypatch: pytest.MonkeyPatch
         backend.requested_sanitizers({"EFFICIENTAD_FAST_SANITIZE": "address,memory"})
 
 
+def test_lines_of_kernels_are_asked_for_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PACKAGE.parent))
+    backend = importlib.import_module("build_backend")
+    asked = [backend.requested_lineinfo({"EFFICIENTAD_FAST_LINEINFO": value}) for value in ("1", " 1", "0", "")]
+    assert asked == [True, True, False, False]
+    assert backend.requested_lineinfo({}) is False
+    with pytest.raises(SystemExit, match=r"EFFICIENTAD_FAST_LINEINFO='yes' is not known: use 1"):
+        backend.requested_lineinfo({"EFFICIENTAD_FAST_LINEINFO": "yes"})
+
+
 def test_importing_loads_and_probes_nothing() -> None:
     code = """
 import torch
