@@ -104,28 +104,29 @@ def candidates(case: Case) -> list[dict[str, int]]:
     return [] if offer is None else offer(case.facts)
 
 
+def seconds_between_events(call: Callable[[], object]) -> float:
+    """On the current CUDA stream, from when it comes to a call to when that has ended."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
 def device_seconds(run: Callable[[], object]) -> float:
     """Of one run on the current CUDA device, by replays of a graph that holds many."""
-
-    def timed(call: Callable[[], object]) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-
     run()
     torch.cuda.synchronize()
-    runs = max(1, min(_MOST_RUNS, int(_MEASURED_SECONDS / _FEWEST_REPLAYS / max(timed(run), 1e-7))))
+    runs = max(1, min(_MOST_RUNS, int(_MEASURED_SECONDS / _FEWEST_REPLAYS / max(seconds_between_events(run), 1e-7))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(runs):
             run()
-    timed(graph.replay)
+    seconds_between_events(graph.replay)
     times: list[float] = []
     while len(times) < _FEWEST_REPLAYS or (sum(times) < _MEASURED_SECONDS and len(times) < 100):
-        times.append(timed(graph.replay))
+        times.append(seconds_between_events(graph.replay))
     return statistics.median(times) / runs
 
 

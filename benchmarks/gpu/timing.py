@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from efficientad_fast.tuning import device_seconds
+from efficientad_fast.tuning import device_seconds, seconds_between_events
 
 FEWEST, MOST = 20, 5000
 """Runs of a measurement."""
@@ -38,15 +38,7 @@ class CudaClock:
     """Events on the current stream, and the processor's clock. About ``seconds`` each, after a tenth as many runs."""
 
     def device(self, call: Callable[[], object], seconds: float) -> list[float]:
-        def run() -> float:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / 1e3
-
-        return repeated(run, seconds)
+        return repeated(lambda: seconds_between_events(call), seconds)
 
     def host(self, call: Callable[[], object], seconds: float) -> list[float]:
         def run() -> float:
