@@ -39,8 +39,8 @@ from benchmarks.reports.compiling import CudaCompiler, Kernel, TritonCompiler, U
 DEFAULT_ARCHITECTURES = ("sm_80", "sm_90")
 ALL_ARCHITECTURES = tuple(f"sm_{number}" for number in ARCHITECTURES)
 
-# Of a log, which has no edge.
-WIDTH_OF_FILES = 160
+# Of a log, which has no edge; narrower, numbers of the summary would be cut off.
+WIDTH_OF_FILES = 240
 
 TITLES = {"cuda": "CUDA C++", "triton": "Triton"}
 
