@@ -59,11 +59,6 @@ inline void check_count(const char* argument, const std::vector<Tensor>& given) 
                            "13 tensors, of enconv1 to enconv6 and deconv1 to deconv7", given.size());
 }
 
-inline void require_dtype_of_image(const Tensor& image, const char* argument, const Tensor& given) {
-  EFFICIENTAD_FAST_REQUIRE(given.scalar_type() == image.scalar_type(), kName, argument,
-                           dtype_text(image.scalar_type()) + " as image is", dtype_text(given.scalar_type()));
-}
-
 // `image` was checked. `size`: of the result.
 inline void check_parameters(const Tensor& image, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                              Size size, bool mixed = false) {
@@ -80,7 +75,7 @@ inline void check_parameters(const Tensor& image, const std::vector<Tensor>& wei
                              "(outputs, " + std::to_string(read) + ", " + side + ", " + side + ")",
                              shape_text(weight));
     if (mixed) {
-      require_dtype_of_image(image, name.c_str(), weight);
+      packing::check_same_dtype(kName, name.c_str(), weight, "image", image);
     } else {
       packing::require_float32(kName, name.c_str(), weight);
     }
@@ -117,17 +112,12 @@ inline std::vector<int64_t> check_mixed(const Tensor& image, const std::vector<T
   EFFICIENTAD_FAST_REQUIRE(is_one_of(out.scalar_type(), {image.scalar_type(), ScalarType::Float8_e4m3fn}), kName, "out",
                            dtype_text(image.scalar_type()) + " as image is, or float8_e4m3fn",
                            dtype_text(out.scalar_type()));
-  EFFICIENTAD_FAST_REQUIRE(packing::is_dense_channels_last(out), kName, "out", "dense and channels-last",
+  EFFICIENTAD_FAST_REQUIRE(is_dense_channels_last(out), kName, "out", "dense and channels-last",
                            "strides " + text(out.strides()));
   require_device_of(kName, "image", image, "out", out);
   const auto parts = mixed_parts(image.size(0), layers(image.size(2), image.size(3), size), channels);
-  const int64_t numbers = parts[0] + parts[1] + parts[2];
-  EFFICIENTAD_FAST_REQUIRE(workspace.dim() == 1 && workspace.size(0) >= numbers, kName, "workspace",
-                           "(numbers,) of at least (" + std::to_string(numbers) + ",)", shape_text(workspace));
-  require_dtype_of_image(image, "workspace", workspace);
-  EFFICIENTAD_FAST_REQUIRE(workspace.is_contiguous(), kName, "workspace", "contiguous",
-                           "strides " + text(workspace.strides()));
-  require_device_of(kName, "image", image, "workspace", workspace);
+  packing::check_mixed_workspace(kName, workspace, parts[0] + parts[1] + parts[2], "image", image);
+  packing::check_same_dtype(kName, "workspace", workspace, "image", image);
   return channels;
 }
 

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "size.h"
+
 #include <array>
 #include <cstdint>
 
@@ -12,10 +14,6 @@ inline constexpr int64_t kLayers = 13, kEncoderLayers = 6;
 
 // Parts of a workspace in mixed precision are multiples of so many numbers.
 inline constexpr int64_t kPartMultiple = 16;
-
-struct Size {
-  int64_t height = 0, width = 0;
-};
 
 // A convolution of one image. In the decoder, what it reads was resized to `height` and `width` before.
 struct Layer {

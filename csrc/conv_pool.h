@@ -16,8 +16,6 @@ namespace efficientad_fast::conv_pool {
 inline constexpr const char* kName = "conv_pool";
 inline constexpr int64_t kWorkspace = packing::kWorkspace;
 
-using packing::Size;
-
 inline void check_groups(int64_t groups, int64_t divided, const char* reason) {
   EFFICIENTAD_FAST_REQUIRE(groups >= 1 && divided % groups == 0, kName, "groups",
                            "at least 1 and a divisor of " + std::to_string(divided) + ", " + reason, groups);
@@ -34,16 +32,23 @@ inline Size checked_size(const Tensor& input, int64_t kernel, int64_t padding, b
   return packing::checked_size(kName, "input", input, kernel, padding, pool, pool_padding);
 }
 
-// The default overload; height and width of its result.
-inline Size check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
-                  bool pool, int64_t pool_padding, int64_t groups, bool cuda) {
+// Images and weights that are not packed; height and width of the result.
+inline Size checked_given(const Tensor& input, const Tensor& weight, int64_t padding, bool pool, int64_t pool_padding,
+                          int64_t groups, bool cuda, bool mixed) {
   require_device_kind(kName, "input", input, cuda);
-  packing::check_images(kName, "input", input);
-  packing::check_weight(kName, "weight", weight);
+  packing::check_images(kName, "input", input, mixed);
+  packing::check_weight(kName, "weight", weight, mixed);
+  packing::check_same_dtype(kName, "weight", weight, "input", input);
   require_device_of(kName, "input", input, "weight", weight);
   check_groups(groups, weight.size(0), "the outputs of weight");
   packing::check_channels(kName, "input", input, weight.size(1) * groups, "this weight and groups");
-  const Size size = checked_size(input, weight.size(2), padding, pool, pool_padding);
+  return checked_size(input, weight.size(2), padding, pool, pool_padding);
+}
+
+// The default overload; height and width of its result.
+inline Size check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
+                  bool pool, int64_t pool_padding, int64_t groups, bool cuda) {
+  const Size size = checked_given(input, weight, padding, pool, pool_padding, groups, cuda, /*mixed=*/false);
   if (bias) {
     packing::check_bias(kName, "bias", *bias, weight.size(0), "input", input);
   }
@@ -88,14 +93,7 @@ inline void check_outputs(const Tensor& input, const Tensor& packed, const std::
 inline void check_mixed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale,
                         const std::optional<Tensor>& bias, int64_t padding, bool pool, int64_t pool_padding,
                         int64_t groups, const Tensor& out, bool cuda) {
-  require_device_kind(kName, "input", input, cuda);
-  packing::check_images(kName, "input", input, /*mixed=*/true);
-  packing::check_weight(kName, "weight", weight, /*mixed=*/true);
-  packing::check_same_dtype(kName, "weight", weight, "input", input);
-  require_device_of(kName, "input", input, "weight", weight);
-  check_groups(groups, weight.size(0), "the outputs of weight");
-  packing::check_channels(kName, "input", input, weight.size(1) * groups, "this weight and groups");
-  const Size size = checked_size(input, weight.size(2), padding, pool, pool_padding);
+  const Size size = checked_given(input, weight, padding, pool, pool_padding, groups, cuda, /*mixed=*/true);
   if (scale) {
     packing::check_bias(kName, "scale", *scale, weight.size(0), "input", input);
   }

@@ -16,8 +16,6 @@ namespace efficientad_fast::feature_distance {
 inline constexpr const char* kName = "feature_distance";
 inline constexpr int64_t kWorkspace = packing::kWorkspace;
 
-using packing::Size;
-
 inline void check_pairing(bool given, bool other_given, const char* argument, const char* other) {
   EFFICIENTAD_FAST_REQUIRE(given || !other_given, kName, argument, std::string("given where ") + other + " is", "None");
 }
@@ -110,6 +108,14 @@ inline std::vector<int64_t> check_pack(const Tensor& weight_first, const std::op
   return packing::packed_shape(1, weight_first.size(0), planes, sources);
 }
 
+inline void check_map(const Tensor& first, Size size, const Tensor& out) {
+  const std::string shape = text(std::vector<int64_t>{first.size(0), 1, size.height, size.width});
+  EFFICIENTAD_FAST_REQUIRE(shape_text(out) == shape, kName, "out", shape, shape_text(out));
+  packing::require_float32(kName, "out", out);
+  EFFICIENTAD_FAST_REQUIRE(out.is_contiguous(), kName, "out", "contiguous", "strides " + text(out.strides()));
+  require_device_of(kName, "first", first, "out", out);
+}
+
 // feature_distance.out
 inline void check_outputs(const Tensor& first, const std::optional<Tensor>& second, const Tensor& packed,
                           const std::optional<Tensor>& bias, int64_t channels, int64_t kernel_first,
@@ -130,11 +136,7 @@ inline void check_outputs(const Tensor& first, const std::optional<Tensor>& seco
   if (bias) {
     packing::check_bias(kName, "bias", *bias, channels, "first", first);
   }
-  const std::string shape = text(std::vector<int64_t>{first.size(0), 1, size.height, size.width});
-  EFFICIENTAD_FAST_REQUIRE(shape_text(out) == shape, kName, "out", shape, shape_text(out));
-  packing::require_float32(kName, "out", out);
-  EFFICIENTAD_FAST_REQUIRE(out.is_contiguous(), kName, "out", "contiguous", "strides " + text(out.strides()));
-  require_device_of(kName, "first", first, "out", out);
+  check_map(first, size, out);
   packing::check_workspace(kName, workspace, kWorkspace, "first", first);
 }
 
@@ -169,18 +171,10 @@ inline void check_mixed(const Tensor& first, const Tensor& weight_first, const s
   if (bias) {
     packing::check_bias(kName, "bias", *bias, outputs, "first", first);
   }
-  const std::string shape = text(std::vector<int64_t>{first.size(0), 1, size.height, size.width});
-  EFFICIENTAD_FAST_REQUIRE(shape_text(out) == shape, kName, "out", shape, shape_text(out));
-  packing::require_float32(kName, "out", out);
-  EFFICIENTAD_FAST_REQUIRE(out.is_contiguous(), kName, "out", "contiguous", "strides " + text(out.strides()));
-  require_device_of(kName, "first", first, "out", out);
-  require_device_of(kName, "first", first, "workspace", workspace);
-  const int64_t numbers = mixed_workspace(first.size(0), size.height, size.width, outputs);
-  EFFICIENTAD_FAST_REQUIRE(workspace.dim() == 1 && workspace.size(0) >= numbers, kName, "workspace",
-                           "(numbers,) of at least (" + std::to_string(numbers) + ",)", shape_text(workspace));
+  check_map(first, size, out);
+  packing::check_mixed_workspace(kName, workspace, mixed_workspace(first.size(0), size.height, size.width, outputs),
+                                 "first", first);
   packing::require_float32(kName, "workspace", workspace);
-  EFFICIENTAD_FAST_REQUIRE(workspace.is_contiguous(), kName, "workspace", "contiguous",
-                           "strides " + text(workspace.strides()));
 }
 
 }  // namespace efficientad_fast::feature_distance

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "checks.h"
+#include "layouts.h"
 #include "quantile.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -71,18 +72,12 @@ inline bool has_channels_innermost(const Tensor& student) {
   return student.stride(1) == 1;
 }
 
-// (N, C, h, w) as (N, h, w, C), in the same memory.
-inline Tensor channels_moved_last(const Tensor& features) {
-  return torch::stable::transpose(torch::stable::transpose(features, 1, 2), 2, 3);
-}
-
 inline Tensor new_gradient(const Tensor& student) {
   const int64_t images = student.size(0), channels = student.size(1), height = student.size(2), width = student.size(3);
   if (!has_channels_innermost(student)) {
     return torch::stable::new_empty(student, {images, channels, height, width});
   }
-  const Tensor dense = torch::stable::new_empty(student, {images, height, width, channels});
-  return torch::stable::transpose(torch::stable::transpose(dense, 1, 3), 2, 3);
+  return new_channels_last(student, images, channels, height, width);
 }
 
 }  // namespace efficientad_fast::hard_feature_loss

@@ -4,6 +4,8 @@
 #pragma once
 
 #include "checks.h"
+#include "layouts.h"
+#include "size.h"
 
 #include <cstdint>
 #include <string>
@@ -15,10 +17,6 @@ inline constexpr int64_t kChunk = 16;                    // what the depth of pa
 inline constexpr int64_t kPanel = 32;                    // outputs that lie together in them
 inline constexpr int64_t kMostKernel = 16;               // side of the largest kernel
 inline constexpr int64_t kWorkspace = int64_t{1} << 21;  // numbers that a thread needs
-
-struct Size {
-  int64_t height = 0, width = 0;
-};
 
 // What a convolution reads: channels (of one group), and its kernel.
 struct Source {
@@ -227,18 +225,14 @@ inline void check_workspace(const char* name, const Tensor& given, int64_t numbe
   require_device_of(name, first_name, first, "workspace", given);
 }
 
-// (N, C, H, W) without gaps, channels next to each other. The stride of a dimension of 1 does not matter.
-inline bool is_dense_channels_last(const Tensor& given) {
-  int64_t stride = 1;
-  for (const int axis : {1, 3, 2, 0}) {
-    if (given.size(axis) != 1) {
-      if (given.stride(axis) != stride) {
-        return false;
-      }
-      stride *= given.size(axis);
-    }
-  }
-  return true;
+// Of the `mixed` overloads, but for its dtype.
+inline void check_mixed_workspace(const char* name, const Tensor& given, int64_t numbers, const char* first_name,
+                                  const Tensor& first) {
+  EFFICIENTAD_FAST_REQUIRE(given.dim() == 1 && given.size(0) >= numbers, name, "workspace",
+                           "(numbers,) of at least (" + std::to_string(numbers) + ",)", shape_text(given));
+  EFFICIENTAD_FAST_REQUIRE(given.is_contiguous(), name, "workspace", "contiguous",
+                           "strides " + text(given.strides()));
+  require_device_of(name, first_name, first, "workspace", given);
 }
 
 // Activations to write, whose shape was checked.

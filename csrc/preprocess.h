@@ -4,6 +4,7 @@
 #pragma once
 
 #include "checks.h"
+#include "layouts.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -82,8 +83,7 @@ inline Tensor empty_output(const Tensor& image, const std::vector<int64_t>& size
   if (!channels_last) {
     return torch::stable::new_empty(image, {image.size(0), 3, size[0], size[1]}, dtype);
   }
-  const Tensor dense = torch::stable::new_empty(image, {image.size(0), size[0], size[1], 3}, dtype);
-  return torch::stable::transpose(torch::stable::transpose(dense, 1, 3), 2, 3);
+  return new_channels_last(image, image.size(0), 3, size[0], size[1], dtype);
 }
 
 }  // namespace efficientad_fast::preprocess

@@ -23,16 +23,10 @@ from efficientad_fast.reference.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 
 def anomaly_map(
-    map_st: Tensor,
-    map_ae: Tensor,
-    size: Sequence[int],
-    quantiles: Sequence[float] | None = None,
-    *,
-    border: int = 0,
-    convention: str = "resized",
+    map_st: Tensor, map_ae: Tensor, size: Sequence[int], quantiles: Sequence[float] | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    out, score = anomaly_map_operator.fake(map_st, map_ae, size, quantiles, border=border, convention=convention)
-    anomaly_map_out(map_st, map_ae, quantiles, border=border, convention=convention, anomaly_map=out, score=score)
+    out, score = anomaly_map_operator.fake(map_st, map_ae, size, quantiles, **options)
+    anomaly_map_out(map_st, map_ae, quantiles, **options, anomaly_map=out, score=score)
     return out, score
 
 
@@ -67,16 +61,11 @@ def anomaly_map_drop_in(
 def hard_feature_loss(
     teacher: Tensor, student: Tensor, fraction: float = HARD_FRACTION
 ) -> tuple[Tensor, Tensor, Tensor]:
-    results = loss_operator.fake(teacher, student, fraction)
+    loss, threshold, count = loss_operator.fake(teacher, student, fraction)
+    results = {"loss": loss, "threshold": threshold, "count": count}
     workspace = torch.empty(loss_operator.WORKSPACE, dtype=torch.int64)
-    hard_feature_loss_out(
-        teacher,
-        student,
-        fraction,
-        **dict(zip(("loss", "threshold", "count"), results, strict=True)),
-        workspace=workspace,
-    )
-    return results
+    hard_feature_loss_out(teacher, student, fraction, **results, workspace=workspace)
+    return loss, threshold, count
 
 
 def hard_feature_loss_out(
@@ -107,16 +96,12 @@ def preprocess(
     image: Tensor,
     size: Sequence[int],
     *,
-    resize: str = "antialias",
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Tensor:
-    out = preprocess_operator.fake(
-        image, size, resize=resize, mean=mean, std=std, channels_last=channels_last, dtype=dtype
-    )
-    preprocess_out(image, resize=resize, mean=mean, std=std, out=out)
+    out = preprocess_operator.fake(image, size, channels_last=channels_last, dtype=dtype, **options)
+    preprocess_out(image, **options, out=out)
     return out
 
 
@@ -165,20 +150,9 @@ def autoencoder_mixed(
     _kernels().autoencoder(_array(read), *arrays, _array(out), _array(workspace))
 
 
-def conv_pool(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    padding: int = 0,
-    relu: bool = True,
-    pool: bool = False,
-    pool_padding: int = 0,
-    groups: int = 1,
-) -> Tensor:
-    options: dict[str, Any] = {"padding": padding, "relu": relu, "pool": pool, "pool_padding": pool_padding}
-    out = conv_pool_operator.fake(input, weight, bias, groups=groups, **options)
-    conv_pool_mixed(input, weight, None, bias, groups=groups, out=out, **options)
+def conv_pool(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    out = conv_pool_operator.fake(input, weight, bias, **options)
+    conv_pool_mixed(input, weight, None, bias, **options, out=out)
     return out
 
 
@@ -195,15 +169,7 @@ def conv_pool_mixed(
     groups: int = 1,
     out: Tensor,
 ) -> None:
-    conv_pool_operator.fake_mixed(
-        *(input, weight, scale, bias),
-        padding=padding,
-        relu=relu,
-        pool=pool,
-        pool_padding=pool_padding,
-        groups=groups,
-        out=out,
-    )
+    conv_pool_operator.check_mixed(input, weight, scale, bias, padding, pool, pool_padding, groups, out)
     images, weights = packing.mixed(input), weight.contiguous(memory_format=torch.channels_last)
     given = (_array(images), _array(weights), _optional_array(scale), _optional_array(bias))
     _kernels().conv_pool(*given, padding, relu, pool, pool_padding, groups, _array(out), _multiprocessors)
@@ -215,11 +181,8 @@ def feature_distance(
     second: Tensor | None = None,
     weight_second: Tensor | None = None,
     bias: Tensor | None = None,
-    *,
-    padding_first: int = 0,
-    padding_second: int = 0,
+    **paddings: int,
 ) -> Tensor:
-    paddings = {"padding_first": padding_first, "padding_second": padding_second}
     out = feature_distance_operator.fake(first, weight_first, second, weight_second, bias, **paddings)
     images, _, height, width = out.shape
     numbers = feature_distance_operator.mixed_workspace_size(images, height, width, weight_first.shape[0])

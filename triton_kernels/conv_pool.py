@@ -240,21 +240,10 @@ def conv_pool_mixed(
     )
 
 
-def conv_pool(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    padding: int = 0,
-    relu: bool = True,
-    pool: bool = False,
-    pool_padding: int = 0,
-    groups: int = 1,
-) -> Tensor:
-    """``conv_pool`` of the catalogue."""
-    options: dict[str, Any] = {"padding": padding, "relu": relu, "pool": pool, "pool_padding": pool_padding}
-    out = contract.fake(input, weight, bias, groups=groups, **options)
-    conv_pool_mixed(input, weight, None, bias, groups=groups, out=out, **options)
+def conv_pool(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """``conv_pool`` of the catalogue, with its other arguments in ``options``."""
+    out = contract.fake(input, weight, bias, **options)
+    conv_pool_mixed(input, weight, None, bias, **options, out=out)
     return out
 
 

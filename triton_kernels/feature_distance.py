@@ -297,12 +297,9 @@ def feature_distance(
     second: Tensor | None = None,
     weight_second: Tensor | None = None,
     bias: Tensor | None = None,
-    *,
-    padding_first: int = 0,
-    padding_second: int = 0,
+    **paddings: int,
 ) -> Tensor:
-    """``feature_distance`` of the catalogue."""
-    paddings = {"padding_first": padding_first, "padding_second": padding_second}
+    """``feature_distance`` of the catalogue, with its other arguments in ``paddings``."""
     out = contract.fake(first, weight_first, second, weight_second, bias, **paddings)
     numbers = contract.mixed_workspace_size(out.shape[0], out.shape[2], out.shape[3], weight_first.shape[0])
     workspace = out.new_zeros(numbers)

@@ -124,7 +124,7 @@ Tensor autoencoder_default(const Tensor& image, std::vector<Tensor> weights, std
                                     conv_pool::check_pack(weights[index], 1, algorithm, /*cuda=*/false)));
     channels.push_back(weights[index].size(0));
   }
-  Tensor out = new_images(image, image.size(0), channels.back(), size[0], size[1]);
+  Tensor out = new_channels_last(image, image.size(0), channels.back(), size[0], size[1]);
   Tensor workspace = new_workspace(image, autoencoder::workspace_size(layers, channels));
   run(image, layers, packed, biases, out, workspace);
   return out;

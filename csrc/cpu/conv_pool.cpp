@@ -20,8 +20,8 @@ void run(const Tensor& input, const Tensor& packed, const std::optional<Tensor>&
          int64_t padding, bool relu, bool pool, int64_t pool_padding, int64_t groups, Tensor& out, Tensor& workspace) {
   Images images(input, kernel_size, padding);
   images.source.channels /= groups;
-  const std::optional<Tensor> dense = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  convolve(images.source, groups, /*stride=*/1, packed_of(packed), {data_of(dense), relu, pool, pool_padding},
+  const DenseNumbers biases(bias);
+  convolve(images.source, groups, /*stride=*/1, packed_of(packed), {biases.data(), relu, pool, pool_padding},
            result_of(out), workspace_of(workspace));
 }
 
@@ -40,7 +40,7 @@ Tensor conv_pool_pack(const Tensor& weight, int64_t groups, std::string algorith
 Tensor conv_pool_default(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, int64_t padding,
                          bool relu, bool pool, int64_t pool_padding, int64_t groups) {
   const auto size = conv_pool::check(input, weight, bias, padding, pool, pool_padding, groups, /*cuda=*/false);
-  Tensor out = new_images(input, input.size(0), weight.size(0), size.height, size.width);
+  Tensor out = new_channels_last(input, input.size(0), weight.size(0), size.height, size.width);
   Tensor workspace = new_workspace(input, kWorkspace);
   run(input, conv_pool_pack(weight, groups, "auto"), bias, weight.size(2), padding, relu, pool, pool_padding, groups, out,
       workspace);

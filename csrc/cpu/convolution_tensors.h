@@ -4,6 +4,7 @@
 
 #include "checks.h"
 #include "convolution.h"
+#include "layouts.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -14,22 +15,10 @@
 
 namespace efficientad_fast::convolution {
 
-// (N, C, H, W) as (N, H, W, C), and back.
-inline Tensor channels_behind(const Tensor& images) {
-  return torch::stable::transpose(torch::stable::transpose(images, 1, 2), 2, 3);
-}
-
-inline Tensor channels_in_front(const Tensor& images) {
-  return torch::stable::transpose(torch::stable::transpose(images, 2, 3), 1, 2);
-}
-
 // Images (N, C, H, W) of any strides; a copy is held where channels are not neighbours in memory.
 class Images {
  public:
-  Images(const Tensor& images, int64_t kernel, int64_t padding) : held_(images) {
-    if (images.stride(1) != 1 && images.size(1) != 1) {
-      held_ = channels_in_front(torch::stable::contiguous(channels_behind(images)));
-    }
+  Images(const Tensor& images, int64_t kernel, int64_t padding) : held_(with_channels_together(images)) {
     source.data = static_cast<const float*>(held_.const_data_ptr());
     source.image = held_.stride(0);
     source.row = held_.stride(2);
@@ -46,11 +35,6 @@ class Images {
  private:
   Tensor held_;
 };
-
-// A new dense (N, C, H, W) tensor in channels-last memory.
-inline Tensor new_images(const Tensor& like, int64_t images, int64_t channels, int64_t height, int64_t width) {
-  return channels_in_front(torch::stable::new_empty(like, {images, height, width, channels}));
-}
 
 inline Result result_of(Tensor& out) {
   return {static_cast<float*>(out.mutable_data_ptr()), out.size(0), out.size(2), out.size(3), out.size(1)};
@@ -96,10 +80,6 @@ inline Tensor packed_weights(const Tensor& weight, const std::optional<Tensor>& 
     pack_part(*subtracted);
   }
   return packed;
-}
-
-inline const float* data_of(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
 
 }  // namespace efficientad_fast::convolution

@@ -22,8 +22,8 @@ void run(const Tensor& first, const std::optional<Tensor>& second, const Tensor&
   const Images images(first, kernel_first, padding_first);
   const std::optional<Images> others = second ? std::optional<Images>(std::in_place, *second, kernel_second, padding_second)
                                               : std::nullopt;
-  const std::optional<Tensor> dense = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  distance(images.source, others ? others->source : Source{}, packed_of(packed), data_of(dense), channels,
+  const DenseNumbers biases(bias);
+  distance(images.source, others ? others->source : Source{}, packed_of(packed), biases.data(), channels,
            result_of(out), workspace_of(workspace));
 }
 

@@ -20,20 +20,6 @@ namespace {
 using autoencoder::kName;
 using torch::stable::accelerator::DeviceGuard;
 
-// As it is where channels are next to each other in memory, else a copy in which they are.
-Tensor channels_last(const Tensor& given) {
-  if (given.stride(1) == 1 || given.size(1) == 1) {
-    return given;
-  }
-  return torch::stable::contiguous(given, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-Tensor dense_channels_last(const Tensor& given) {
-  return packing::is_dense_channels_last(given)
-             ? given
-             : torch::stable::contiguous(given, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
 void autoencoder_mixed(const Tensor& image, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor out,
                        Tensor workspace) {
   const std::vector<int64_t> channels =
@@ -55,7 +41,7 @@ void autoencoder_mixed(const Tensor& image, std::vector<Tensor> weights, std::ve
   if (image.size(0) == 0) {
     return;
   }
-  const Tensor read = channels_last(image);
+  const Tensor read = with_channels_together(image);
   cuda::Autoencoder call{};
   call.image = read.const_data_ptr();
   call.image_stride = read.stride(0), call.row_stride = read.stride(2), call.pixel_stride = read.stride(3);

@@ -28,10 +28,10 @@ void conv_pool_mixed(const Tensor& input, const Tensor& weight, std::optional<Te
   cuda::require_products(kName, "out", out);
   const DeviceGuard guard(input.get_device_index());
   const cuda::Operands operands(kName, "input", input, weight, padding);
-  const cuda::Statistics scales(scale), biases(bias);
+  const DenseNumbers scales(scale), biases(bias);
   cuda::ConvPool call{};
   call.convolution = operands.convolution;
-  call.made = cuda::made_of(kName, "input", input, weight.size(2), padding, pool, pool_padding, out);
+  call.made = cuda::checked_made(kName, "input", call.convolution, pool, pool_padding, out);
   call.groups = static_cast<int>(groups);
   call.group_outputs = static_cast<int>(weight.size(0) / groups);
   call.scale = scales.data();
@@ -54,7 +54,7 @@ Tensor conv_pool_default(const Tensor& input, const Tensor& weight, std::optiona
   const auto size = conv_pool::check(input, weight, bias, padding, pool, pool_padding, groups, /*cuda=*/true);
   packing::checked_planes(kName, "auto", {{weight.size(1), weight.size(2)}});
   const DeviceGuard guard(input.get_device_index());
-  Tensor out = cuda::new_images(input, input.size(0), weight.size(0), size.height, size.width);
+  Tensor out = new_channels_last(input, input.size(0), weight.size(0), size.height, size.width);
   conv_pool_mixed(input, weight, std::nullopt, bias, padding, relu, pool, pool_padding, groups, out);
   return out;
 }

@@ -36,13 +36,12 @@ void feature_distance_mixed(const Tensor& first, const Tensor& weight_first, std
   if (second) {
     others.emplace(kName, "second", *second, *weight_second, padding_second);
   }
-  const cuda::Statistics scales(scale), biases(bias);
+  const DenseNumbers scales(scale), biases(bias);
   cuda::FeatureDistance call{};
   call.first = operands.convolution;
   call.second = others ? others->convolution : operands.convolution;
   call.paired = second.has_value();
-  call.made = cuda::made_of(kName, "first", first, weight_first.size(2), padding_first, /*pool=*/false,
-                            /*pool_padding=*/0, out);
+  call.made = cuda::checked_made(kName, "first", call.first, /*pool=*/false, /*pool_padding=*/0, out);
   call.outputs = static_cast<int>(weight_first.size(0));
   call.scale = scales.data();
   call.bias = biases.data();

@@ -27,8 +27,8 @@ class Pairs {
  public:
   Pairs(const Tensor& teacher, const Tensor& student) : teacher_(teacher), student_(student) {
     if (hard_feature_loss::has_channels_innermost(student)) {
-      teacher_ = hard_feature_loss::channels_moved_last(teacher);
-      student_ = hard_feature_loss::channels_moved_last(student);
+      teacher_ = channels_behind(teacher);
+      student_ = channels_behind(student);
     }
     features.teacher_dtype = cuda::dtype_of(teacher);
     features.student_dtype = cuda::dtype_of(student);

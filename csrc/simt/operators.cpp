@@ -5,6 +5,7 @@
 #include "cuda/conv_pool_kernel.h"
 #include "cuda/feature_distance_kernel.h"
 #include "cuda/hard_feature_loss_kernel.h"
+#include "cuda/implicit_gemm_call.h"
 #include "cuda/preprocess_kernel.h"
 #include "cuda/quantile_kernel.h"
 #include "simt/bindings.h"
@@ -309,24 +310,7 @@ class OptionalSource {
 // images: with channels next to each other; weight: channels-last.
 cuda::Convolution convolution_of(const Array& images, const Buffer& from, const Array& weight, const Buffer& weights,
                                  int padding) {
-  const auto stride = [&](int axis) { return images.sizes[axis] > 1 ? images.strides[axis] : 0; };
-  cuda::Convolution convolution{};
-  convolution.images = from.as<void>(), convolution.weights = weights.as<void>();
-  convolution.image_stride = stride(0), convolution.row_stride = stride(2), convolution.pixel_stride = stride(3);
-  convolution.height = static_cast<int>(images.sizes[2]), convolution.width = static_cast<int>(images.sizes[3]);
-  convolution.channels = static_cast<int>(weight.sizes[1]), convolution.kernel = static_cast<int>(weight.sizes[2]);
-  convolution.padding = padding;
-  return convolution;
-}
-
-cuda::Made made_of(const cuda::Convolution& from, const Array& out, bool pool, int pool_padding) {
-  cuda::Made made{};
-  made.height = from.height + 2 * from.padding - from.kernel + 1;
-  made.width = from.width + 2 * from.padding - from.kernel + 1;
-  made.out_height = static_cast<int>(out.sizes[2]), made.out_width = static_cast<int>(out.sizes[3]);
-  made.count = static_cast<int>(out.sizes[0]) * made.out_height * made.out_width;
-  made.pool = pool, made.pool_padding = pool_padding;
-  return made;
+  return cuda::convolution_of(from.as<void>(), images.sizes, images.strides, weights.as<void>(), weight.sizes, padding);
 }
 
 // As convolution_of wants images and weight; with fewer multiprocessors, tiles are larger.
@@ -337,7 +321,7 @@ void conv_pool(const Array& images, const Array& weight, const std::optional<Arr
   const OptionalSource scales("scale", scale), biases("bias", bias);
   cuda::ConvPool call{};
   call.convolution = convolution_of(images, from, weight, weights, padding);
-  call.made = made_of(call.convolution, out, pool, pool_padding);
+  call.made = cuda::made_of(call.convolution, out.sizes, pool, pool_padding);
   call.groups = groups, call.group_outputs = static_cast<int>(weight.sizes[0]) / groups;
   call.scale = scales.data(), call.bias = biases.data();
   call.relu = relu;
@@ -364,7 +348,7 @@ void feature_distance(const std::vector<Array>& images, const std::vector<Array>
   call.first = convolution_of(images[0], first, weights[0], weight_first, paddings[0]);
   call.second = convolution_of(images.back(), second, weights.back(), weight_second, paddings[paired ? 1 : 0]);
   call.paired = paired;
-  call.made = made_of(call.first, out, /*pool=*/false, /*pool_padding=*/0);
+  call.made = cuda::made_of(call.first, out.sizes, /*pool=*/false, /*pool_padding=*/0);
   call.outputs = static_cast<int>(weights[0].sizes[0]);
   call.scale = scales.data(), call.bias = biases.data();
   call.out = to.as<float>();
