@@ -1,12 +1,14 @@
 """EfficientAD as fast as the hardware allows: visual anomaly detection from good images alone.
 
 ``Detector.load(path).predict(images)`` uses a trained detector, ``predict`` is a drop-in for the function of that
-name in plain PyTorch implementations, and the command ``efficientad-fast`` trains, evaluates and predicts.
+name in plain PyTorch implementations, ``accelerate`` lets a model of anomalib predict by this package's plans, and the
+command ``efficientad-fast`` trains, evaluates and predicts.
 """
 
 from efficientad_fast.detector import Detector, Prediction, Preprocessing
 from efficientad_fast.dropin import predict
 from efficientad_fast.errors import EfficientADError
+from efficientad_fast.interop.accelerate import accelerate
 from efficientad_fast.version import __version__
 
-__all__ = ["Detector", "EfficientADError", "Prediction", "Preprocessing", "__version__", "predict"]
+__all__ = ["Detector", "EfficientADError", "Prediction", "Preprocessing", "__version__", "accelerate", "predict"]

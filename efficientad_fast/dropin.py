@@ -96,15 +96,15 @@ def predict(
         InputError: an argument has the wrong type, shape, dtype or device, the networks' outputs do not fit each
             other, or a quantile is missing.
     """
-    networks = _Networks(teacher, student, autoencoder)
+    networks = Networks(teacher, student, autoencoder)
     _check_arguments(image, networks, teacher_mean, teacher_std)
     for map_name, start, end in (("st", q_st_start, q_st_end), ("ae", q_ae_start, q_ae_end)):
         if start is not None and end is None:
             raise InputError(f"q_{map_name}_end must be given where q_{map_name}_start is, got None.")
-    entry = _entry(networks)
+    entry = _entry(networks, _dtype_of_weights)
     found = entry.look_up(networks, image)
     with torch.no_grad():
-        if isinstance(found, _Packed):
+        if isinstance(found, Packed):
             map_st, map_ae = found.raw_maps(image, teacher_mean, teacher_std)
         else:
             map_st, map_ae = _own_forward(image, networks, teacher_mean, teacher_std)
@@ -117,6 +117,15 @@ def predict(
         return _finish(map_st, map_ae, (q_st_start, q_st_end), (q_ae_start, q_ae_end))
 
 
+def pack(networks: Networks, image: Tensor, choose: ChooseDtype) -> Packed | str:
+    """What to run ``image`` with: packed weights, kept and made again as :func:`predict` does; or why there are none.
+
+    Args:
+        choose: the dtype of the plan, where networks are packed.
+    """
+    return _entry(networks, choose).look_up(networks, image)
+
+
 def forget() -> None:
     """Drop all packed weights and the record of warnings given: the next :func:`predict` packs anew."""
     with _lock:
@@ -127,7 +136,7 @@ def forget() -> None:
 
 
 @dataclass(frozen=True)
-class _Networks:
+class Networks:
     teacher: nn.Module
     student: nn.Module
     autoencoder: nn.Module
@@ -139,7 +148,7 @@ class _Networks:
         return self.teacher, self.student, self.autoencoder
 
 
-def _check_arguments(image: Tensor, networks: _Networks, mean: Tensor, std: Tensor) -> None:
+def _check_arguments(image: Tensor, networks: Networks, mean: Tensor, std: Tensor) -> None:
     for name, network in networks.named():
         if not isinstance(network, nn.Module):
             raise InputError(f"{name} must be a torch.nn.Module, got {type(network).__name__}.")
@@ -169,7 +178,7 @@ def _check_channels(teacher: int, student: int, autoencoder: int) -> None:
             raise InputError(f"{name} must have {expected} output channels beside a teacher of {teacher}, got {got}.")
 
 
-def _own_forward(image: Tensor, networks: _Networks, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def _own_forward(image: Tensor, networks: Networks, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     teacher, student, autoencoder = (network(image) for network in networks.all())
     for name, features in (("teacher", teacher), ("student", student), ("autoencoder", autoencoder)):
         if not isinstance(features, Tensor) or features.ndim != 4:
@@ -184,6 +193,14 @@ def _own_forward(image: Tensor, networks: _Networks, mean: Tensor, std: Tensor) 
     _check_channels(teacher.shape[1], student.shape[1], autoencoder.shape[1])
     _check_statistics(mean, std, teacher.shape[1], teacher.device)
     return maps.raw_maps(teacher, student, autoencoder, mean, std)
+
+
+ChooseDtype = Callable[[PlanInput, Tensor], torch.dtype]
+"""Of what a plan is made from, and one of the networks' weights: the dtype that the plan computes in."""
+
+
+def _dtype_of_weights(source: PlanInput, weight: Tensor) -> torch.dtype:
+    return weight.dtype
 
 
 _Pair = tuple[float | Tensor | None, float | Tensor | None]
@@ -223,7 +240,7 @@ def _placed_pair(start: float | Tensor | None, end: float | Tensor | None, devic
 # Recognising
 
 
-class _UnrecognisedError(Exception):
+class UnrecognisedError(Exception):
     """Why modules cannot be packed, and what to do: the end of the warning's sentence."""
 
 
@@ -271,17 +288,17 @@ def recognise(teacher: nn.Module, student: nn.Module, autoencoder: nn.Module) ->
     Raises:
         InputError: they are recognised, but their channels do not fit each other.
     """
-    networks = _Networks(teacher, student, autoencoder)
+    networks = Networks(teacher, student, autoencoder)
     try:
         for name, network in networks.named():
             _require_plain_eval(name, network)
         _require_one_placement(networks)
         pdn, student_pdn = _recognise_pdn("teacher", teacher), _recognise_pdn("student", student)
         if (pdn.model_size, pdn.padding) != (student_pdn.model_size, student_pdn.padding):
-            raise _UnrecognisedError("teacher and student differ in size or padding. Use two of one kind.")
+            raise UnrecognisedError("teacher and student differ in size or padding. Use two of one kind.")
         plain, upsample_sizes = _recognise_autoencoder(autoencoder, padding=pdn.padding)
         image_size = None if upsample_sizes is None else _image_size(upsample_sizes, padding=pdn.padding)
-    except _UnrecognisedError as reason:
+    except UnrecognisedError as reason:
         return str(reason)
     _check_channels(pdn.out_channels, student_pdn.out_channels, plain.decoder.deconv8.out_channels)
     return Recognised(pdn, student_pdn, plain, upsample_sizes, image_size)
@@ -292,26 +309,26 @@ def recognise_teacher(teacher: nn.Module) -> PatchDescriptionNetwork | str:
     try:
         _require_plain_eval("teacher", teacher)
         return _recognise_pdn("teacher", teacher)
-    except _UnrecognisedError as reason:
+    except UnrecognisedError as reason:
         return str(reason)
 
 
 def _require_plain_eval(name: str, network: nn.Module) -> None:
     if _has_global_hooks():
-        raise _UnrecognisedError("forward hooks are registered for all modules. Remove them.")
+        raise UnrecognisedError("forward hooks are registered for all modules. Remove them.")
     for layer in network.modules():
         if type(layer) not in _SETTINGS:
-            raise _UnrecognisedError(
+            raise UnrecognisedError(
                 f"the {name} holds a {type(layer).__name__}, which no known network does. Use the layers of the "
                 "original, or PatchDescriptionNetwork and Autoencoder of efficientad_fast.reference."
             )
         if layer.training:
-            raise _UnrecognisedError(f"the {name} is in train mode. Call .eval() on it.")
-        if _is_intercepted(layer.__dict__):
-            raise _UnrecognisedError(f"the {name} has forward hooks or a replaced forward. Remove them.")
+            raise UnrecognisedError(f"the {name} is in train mode. Call .eval() on it.")
+        if is_intercepted(layer.__dict__):
+            raise UnrecognisedError(f"the {name} has forward hooks or a replaced forward. Remove them.")
         for parameter in layer.parameters(recurse=False):
             if type(parameter) is not nn.Parameter:
-                raise _UnrecognisedError(
+                raise UnrecognisedError(
                     f"a parameter of the {name} is a {type(parameter).__name__}. Use plain parameters."
                 )
 
@@ -320,26 +337,26 @@ def _has_global_hooks() -> bool:
     return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
 
 
-def _is_intercepted(state: dict[str, Any]) -> bool:
+def is_intercepted(state: dict[str, Any]) -> bool:
     """Whether calling the module whose ``__dict__`` this is runs more, or other, than its type's forward."""
     return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
-def _require_one_placement(networks: _Networks) -> None:
+def _require_one_placement(networks: Networks) -> None:
     placements = {
         (parameter.device, parameter.dtype) for network in networks.all() for parameter in network.parameters()
     }
     if len(placements) != 1:
-        raise _UnrecognisedError("their parameters have several dtypes or devices. Bring them to one with .to().")
+        raise UnrecognisedError("their parameters have several dtypes or devices. Bring them to one with .to().")
     device, dtype = placements.pop()
     if device.type not in ("cpu", "cuda") or dtype not in _DTYPES.values():
-        raise _UnrecognisedError(
+        raise UnrecognisedError(
             f"they are {dtype} on {device}. Bring them to the CPU or a CUDA GPU, in one of {', '.join(_DTYPES)}."
         )
 
 
-def _unknown_layers(name: str) -> _UnrecognisedError:
-    return _UnrecognisedError(
+def _unknown_layers(name: str) -> UnrecognisedError:
+    return UnrecognisedError(
         f"the layers of the {name} are not those of a known network. Build it as in the original, or with "
         "PatchDescriptionNetwork and Autoencoder of efficientad_fast.reference."
     )
@@ -348,24 +365,24 @@ def _unknown_layers(name: str) -> _UnrecognisedError:
 def _recognise_pdn(name: str, network: nn.Module) -> PatchDescriptionNetwork:
     if isinstance(network, PatchDescriptionNetwork):
         out_channels = _out_channels(name, network.modules())
-        canonical = _empty_pdn(network.model_size, out_channels, padding=network.padding)
-        return _adopt(name, canonical, _layers_named_as_in(canonical, network), list(canonical.modules()))
+        canonical = empty_pdn(network.model_size, out_channels, padding=network.padding)
+        return adopt(name, canonical, _layers_named_as_in(canonical, network), list(canonical.modules()))
     layers = _sequential_layers(name, network)
     model_size = _PDN_LAYERS.get(_layer_code(layers))
     if model_size is None:
         raise _unknown_layers(name)
     layers = [layer for layer in layers if not isinstance(layer, nn.ReLU)]
     padded = _pair(layers[1].padding) == (1, 1)
-    canonical = _empty_pdn(model_size, _out_channels(name, layers), padding=padded)
+    canonical = empty_pdn(model_size, _out_channels(name, layers), padding=padded)
     conv1, conv2, *others = _convolutions(canonical.modules())
-    return _adopt(name, canonical, layers, [conv1, canonical.pool, conv2, canonical.pool, *others])
+    return adopt(name, canonical, layers, [conv1, canonical.pool, conv2, canonical.pool, *others])
 
 
 def _recognise_autoencoder(network: nn.Module, *, padding: bool) -> tuple[Autoencoder, list[tuple[int, int]] | None]:
     name = "autoencoder"
     if isinstance(network, Autoencoder):
-        canonical = _empty_autoencoder(_out_channels(name, network.modules()), padding=padding)
-        return _adopt(name, canonical, _layers_named_as_in(canonical, network), list(canonical.modules())), None
+        canonical = empty_autoencoder(_out_channels(name, network.modules()), padding=padding)
+        return adopt(name, canonical, _layers_named_as_in(canonical, network), list(canonical.modules())), None
     layers = _sequential_layers(name, network)
     if _layer_code(layers) != _AUTOENCODER_LAYERS:
         raise _unknown_layers(name)
@@ -373,20 +390,20 @@ def _recognise_autoencoder(network: nn.Module, *, padding: bool) -> tuple[Autoen
     for layer in layers:
         if isinstance(layer, nn.Upsample):
             if layer.size is None or layer.mode != "bilinear" or layer.align_corners:
-                raise _UnrecognisedError(
+                raise UnrecognisedError(
                     f"the autoencoder holds {layer}. Use a fixed size, mode 'bilinear' and no align_corners."
                 )
             sizes.append(_pair(layer.size))
-    canonical = _empty_autoencoder(_out_channels(name, layers), padding=padding)
-    return _adopt(name, canonical, _convolutions(layers), _convolutions(canonical.modules())), sizes
+    canonical = empty_autoencoder(_out_channels(name, layers), padding=padding)
+    return adopt(name, canonical, _convolutions(layers), _convolutions(canonical.modules())), sizes
 
 
-def _empty_pdn(model_size: ModelSize, out_channels: int, *, padding: bool) -> PatchDescriptionNetwork:
+def empty_pdn(model_size: ModelSize, out_channels: int, *, padding: bool) -> PatchDescriptionNetwork:
     with torch.device("meta"):
         return PatchDescriptionNetwork(model_size, out_channels, padding=padding).eval()
 
 
-def _empty_autoencoder(out_channels: int, *, padding: bool) -> Autoencoder:
+def empty_autoencoder(out_channels: int, *, padding: bool) -> Autoencoder:
     with torch.device("meta"):
         return Autoencoder(out_channels, padding=padding).eval()
 
@@ -418,7 +435,7 @@ def _out_channels(name: str, layers: Iterable[nn.Module]) -> int:
     return len(convolutions[-1].weight)
 
 
-def _adopt(name: str, canonical: Network, layers: Sequence[nn.Module | None], expected: Sequence[nn.Module]) -> Network:
+def adopt(name: str, canonical: Network, layers: Sequence[nn.Module | None], expected: Sequence[nn.Module]) -> Network:
     """``canonical``, whose layers are ``expected``, with the parameters of ``layers`` where these are the same."""
     for layer, target in zip(layers, expected, strict=True):
         if layer is None or _description(layer) != _description(target):
@@ -452,7 +469,7 @@ def _image_size(upsample_sizes: Sequence[tuple[int, int]], *, padding: bool) -> 
     for size in itertools.product((2 * height + 2, 2 * height + 3), (2 * width + 2, 2 * width + 3)):
         if upsample_sizes_for(size, padding=padding) == upsample_sizes:
             return size
-    raise _UnrecognisedError(
+    raise UnrecognisedError(
         f"the autoencoder's nn.Upsample sizes {upsample_sizes} belong to no image size. Use H//64-1, H//32, H//16-1, "
         "H//8, H//4-1, H//2-1 and the PDN's output size."
     )
@@ -462,8 +479,11 @@ def _image_size(upsample_sizes: Sequence[tuple[int, int]], *, padding: bool) -> 
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
+    """Networks that are packed in a plan, for images of ``dtype``."""
+
     plan: Plan
+    dtype: torch.dtype
     channels: int
     padding: bool
     upsample_sizes: list[tuple[int, int]] | None
@@ -481,9 +501,9 @@ class _Packed:
         """In the dtypes that the plain expressions have."""
         if image.shape[1] != 3:
             raise InputError(f"image must have 3 channels, (N, 3, H, W), got {tuple(image.shape)}.")
-        if image.dtype != self.plan.dtype or image.device != self.plan.device:
+        if image.dtype != self.dtype or image.device != self.plan.device:
             raise InputError(
-                f"image must be {self.plan.dtype} on {self.plan.device} as the networks are, "
+                f"image must be {self.dtype} on {self.plan.device} as the networks are, "
                 f"got {image.dtype} on {image.device}."
             )
         _check_statistics(mean, std, self.channels, self.plan.device)
@@ -498,16 +518,17 @@ class _Entry:
     Holds the modules weakly, so that it goes when one of them does.
     """
 
-    def __init__(self, networks: _Networks, key: _Key) -> None:
+    def __init__(self, networks: Networks, key: _Key, choose: ChooseDtype) -> None:
+        self._choose = choose
         self.optimizer_steps = 0
         self.parameter_ids: frozenset[int] = frozenset()
         self._roots = [weakref.ref(network, partial(_discard, key)) for network in networks.all()]
         self._lock = threading.Lock()
         self._snapshot: _Snapshot | None = None
-        self._found: _Packed | str = ""
+        self._found: Packed | str = ""
         self._warned: set[str] = set()
 
-    def look_up(self, networks: _Networks, image: Tensor) -> _Packed | str:
+    def look_up(self, networks: Networks, image: Tensor) -> Packed | str:
         """What to run ``image`` with, or why there is nothing but the modules themselves."""
         # Observed before packing: what changes meanwhile is noticed at the next call.
         observed = _observe(networks.all(), self.optimizer_steps)
@@ -519,7 +540,7 @@ class _Entry:
             found = self._found
         return found if isinstance(found, str) else found.refusal(image) or found
 
-    def _pack(self, networks: _Networks, image: Tensor) -> _Packed | str:
+    def _pack(self, networks: Networks, image: Tensor) -> Packed | str:
         _watch_optimizers()
         self.parameter_ids = frozenset(
             id(parameter) for network in networks.all() for parameter in network.parameters()
@@ -539,8 +560,9 @@ class _Entry:
             size=recognised.image_size or (image.shape[-2], image.shape[-1]),
         )
         weight = recognised.teacher.conv1.weight
-        return _Packed(
-            build_plan(source, weight.device, weight.dtype),
+        return Packed(
+            build_plan(source, weight.device, self._choose(source, weight)),
+            weight.dtype,
             recognised.teacher.out_channels,
             recognised.teacher.padding,
             recognised.upsample_sizes,
@@ -578,7 +600,7 @@ def _observe(
         if settings is None:
             continue  # its set is not recognised, whatever is inside
         state = module.__dict__
-        facts += (state["training"], _is_intercepted(state), settings(module))
+        facts += (state["training"], is_intercepted(state), settings(module))
         if state["_modules"]:
             children = [child for child in state["_modules"].values() if child is not None]
             pending += children
@@ -588,11 +610,12 @@ def _observe(
             if type(parameter) is nn.Parameter:
                 storage = parameter.untyped_storage()
                 storages.append(storage)
-                facts += (storage._cdata, parameter.data_ptr(), _version(parameter))
+                facts += (storage._cdata, parameter.data_ptr(), version(parameter))
     return modules, facts, storages
 
 
-def _version(parameter: nn.Parameter) -> int | None:
+def version(parameter: Tensor) -> int | None:
+    """How often it was changed in place, where that is counted."""
     try:
         return parameter._version
     except RuntimeError:  # created in inference mode: changes in place are not recorded
@@ -618,10 +641,10 @@ _lock = threading.Lock()
 _entries: dict[_Key, _Entry] = {}
 
 
-def _entry(networks: _Networks) -> _Entry:
+def _entry(networks: Networks, choose: ChooseDtype) -> _Entry:
     key = tuple(map(id, networks.all()))
     with _lock:
-        entry = _entries.pop(key, None) or _Entry(networks, key)
+        entry = _entries.pop(key, None) or _Entry(networks, key, choose)
         _entries[key] = entry
         # A copy of the keys, for garbage collection may discard entries at any moment.
         for oldest in list(_entries)[:-CAPACITY]:

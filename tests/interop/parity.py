@@ -23,9 +23,12 @@ from typing import Any
 import anomalib
 import numpy as np
 import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
 from anomalib.models import EfficientAd
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
+from PIL import Image
 
 import efficientad_fast
 from efficientad_fast import Detector
@@ -86,8 +89,8 @@ def saved(model: EfficientAd, path: Path) -> Path:
 def theirs(model: EfficientAd, images: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores ``(N,)`` and maps ``(N, H, W)`` of anomalib's preprocessing and torch model."""
     batch = torch.from_numpy(images).movedim(-1, 1).to(dtype) / 255
-    # Its constants are float32, which rounds 0.485 before it is widened.
-    out = model.model.to(dtype)(model.pre_processor(batch))
+    # As Engine does it. The pre-processor's forward, which is for exported models, resizes without antialiasing.
+    out = model.model.to(dtype)(model.pre_processor.transform(batch))
     return out.pred_score.flatten(), out.anomaly_map[:, 0]
 
 
@@ -201,11 +204,104 @@ def stand_in() -> Iterator[tuple[str, bool]]:
 
 
 def accelerated() -> Iterator[tuple[str, bool]]:
-    return iter(())
+    images = seeded_images(1)
+    batch = torch.from_numpy(images).movedim(-1, 1).float() / 255
+    for size, padding in CASES:
+        model = built(size, padding)
+        with torch.no_grad():
+            expected = model(batch)
+            found = efficientad_fast.accelerate(model)(batch)
+        error = max(distance(found.anomaly_map, expected.anomaly_map), distance(found.pred_score, expected.pred_score))
+        same = type(found) is type(expected) and isinstance(model, EfficientAd)
+        yield told(f"accelerated {size}, padding {padding}", same and error <= LIMITS["float32"], f"{error:.1e}")
+
+
+def sample_set(folder: Path) -> Folder:
+    """A few images in folders, as a data module."""
+    for kind, seed in (("good", 0), ("bad", 1), ("train", 2)):
+        (folder / kind / "all").mkdir(parents=True)
+        for index, image in enumerate(seeded_images(4, (300, 280), seed)):
+            # Blocks in the bad ones, so that there is something to tell apart.
+            image[100:150, 100:150] = 255 if kind == "bad" else image[100:150, 100:150]
+            Image.fromarray(image).save(folder / kind / "all" / f"{index}.png")
+    return Folder(
+        "parity",
+        normal_dir="train/all",
+        abnormal_dir="bad/all",
+        normal_test_dir="good/all",
+        root=folder,
+        train_batch_size=1,
+        eval_batch_size=2,
+        num_workers=0,
+        val_split_mode="same_as_test",
+    )
 
 
 def engine() -> Iterator[tuple[str, bool]]:
-    return iter(())
+    """Engine's test and predict, with a model as it is and accelerated."""
+    with tempfile.TemporaryDirectory() as name, quietly():
+        folder = Path(name)
+        data = sample_set(folder)
+        found = []
+        for fast in (False, True):
+            model = built("small", False)
+            for kind in ("image", "pixel"):
+                getattr(model.post_processor, f"_{kind}_threshold").fill_(0.5)
+                getattr(model.post_processor, f"{kind}_min").fill_(-0.2)
+                getattr(model.post_processor, f"{kind}_max").fill_(1.0)
+            if fast:
+                efficientad_fast.accelerate(model)
+            model.train()  # as a new model is, whose mode Engine restores
+            runner = Engine(accelerator="cpu", devices=1, logger=False, default_root_dir=folder / "results")
+            (metrics,) = runner.test(model, datamodule=data, verbose=False)
+            batches = runner.predict(model, dataloaders=data.test_dataloader(), return_predictions=True)
+            kinds = ("pred_score", "anomaly_map", "pred_label")
+            results = [torch.cat([getattr(batch, kind).flatten() for batch in batches]) for kind in kinds]
+            found.append((metrics, results, type(model.model).__name__))
+        (plain, theirs, _), (fast_metrics, results, kind) = found
+        agree = plain.keys() == fast_metrics.keys() and all(
+            abs(plain[key] - fast_metrics[key]) <= 1e-4 for key in plain
+        )
+        yield told("Engine.test gives the same metrics", agree and len(plain) > 1, f"{plain} and {fast_metrics}")
+        errors = [distance(one, other) for one, other in zip(results[:2], theirs[:2], strict=True)]
+        same = torch.equal(results[2], theirs[2])
+        yield told(
+            "Engine.predict gives the same", same and max(errors) <= LIMITS["float32"], f"{errors}, labels {same}"
+        )
+        yield told("it is accelerated after both", kind.startswith("Accelerated"), kind)
+
+
+def training() -> Iterator[tuple[str, bool]]:
+    """Engine.fit, which undoes the acceleration; the checkpoint that it leaves; accelerating again."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = sample_set(folder)
+        model = built("small", False, imagenet_dir=folder / "good")
+        model.prepare_pretrained_model = lambda: None  # type: ignore[method-assign]  # which would download it
+        efficientad_fast.accelerate(model)
+        model.train()  # as a new model is; Lightning trains it in the mode that it has
+        runner = Engine(
+            accelerator="cpu", devices=1, logger=False, default_root_dir=folder / "results", max_steps=3, max_epochs=1
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            runner.fit(model, datamodule=data)
+        said = any("call efficientad_fast.accelerate again" in str(one.message) for one in caught)
+        undone = type(model.model).__name__ == "EfficientAdModel"
+        yield told("Engine.fit undoes it and says so", said and undone, f"said {said}, undone {undone}")
+        model.eval()
+        images = seeded_images(3, (300, 280), 5)
+        scores, maps = theirs(model, images, torch.float32)
+        (checkpoint,) = {path.resolve() for path in (folder / "results").rglob("*.ckpt")}
+        detector = Detector.load(checkpoint)
+        pairs = zip(ours(detector, images, "float32"), (scores, maps), strict=True)
+        errors = [distance(*pair) for pair in pairs]
+        yield told("the checkpoint of Engine.fit", max(errors) <= LIMITS["float32"], f"{errors}, {detector.summary()}")
+        threshold = float(model.post_processor.image_threshold)
+        yield told("its threshold", abs(detector.threshold - threshold) <= 1e-6, f"{detector.threshold}, {threshold}")
+        efficientad_fast.accelerate(model)
+        error = distance(theirs(model, images, torch.float32)[1], maps)
+        yield told("accelerated again", error <= LIMITS["float32"], f"{error:.1e}")
 
 
 def record() -> None:
@@ -239,7 +335,8 @@ def quietly() -> Iterator[None]:
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, bool]]]] = {
-    one.__name__: one for one in (checkpoints, thresholds, files_of_before, teachers, stand_in, accelerated, engine)
+    one.__name__: one
+    for one in (checkpoints, thresholds, files_of_before, teachers, stand_in, accelerated, engine, training)
 }
 
 
