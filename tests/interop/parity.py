@@ -281,7 +281,7 @@ def training() -> Iterator[tuple[str, bool]]:
         efficientad_fast.accelerate(model)
         model.train()  # as a new model is; Lightning trains it in the mode that it has
         runner = Engine(
-            accelerator="cpu", devices=1, logger=False, default_root_dir=folder / "results", max_steps=3, max_epochs=1
+            accelerator="cpu", devices=1, logger=False, default_root_dir=folder / "results", max_steps=4, max_epochs=1
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
