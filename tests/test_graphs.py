@@ -106,9 +106,9 @@ class StandInCuda:
         self._made = self._pools = 0
         self._current = threading.local()
 
-    def Stream(self, device: Any) -> StandInStream:
+    def Stream(self, device: Any, priority: int = 0) -> StandInStream:
         self._made += 1
-        return StandInStream(self, f"stream {self._made}")
+        return StandInStream(self, f"stream {self._made}" if priority == 0 else f"first stream {self._made}")
 
     def Event(self) -> StandInEvent:
         return StandInEvent(self)
@@ -204,6 +204,30 @@ def test_launched_first_then_captured_then_replayed() -> None:
         "event of stream 3",
     ]
     assert target.item() == 3333
+
+
+def test_what_others_wait_for_goes_first() -> None:
+    cuda = StandInCuda()
+    turns, work = GraphTurns(CPU, cuda), small_work(cuda, torch.zeros(1), LAYERS)
+    make = work.make
+    work.make = lambda: make()._replace(side_first=True)
+    for _ in range(2):
+        run(turns, work)
+    assert "autoencoder on first stream 2" in cuda.log and "map_ae on stream 1" in cuda.log
+    other = small_work(cuda, torch.zeros(1), LAYERS)
+    for _ in range(2):
+        run(turns, other)
+    assert "autoencoder on stream 3" in cuda.log
+
+
+def test_of_one_image_the_small_networks_wait_for_the_autoencoder(plain: PlanInput) -> None:
+    for planned, firsts in ((plain, [True, False]), (source("m"), [False, False])):
+        cuda = StandInCuda()
+        plan, found = MixedPlan(planned, CPU, torch.float16, cuda=cuda), []
+        for count in (1, 2):
+            key = planning.mixed._Key(count, *plan.size, False, None)
+            found.append(plan._launches(plan._buffers(key), key, plan._own).side_first)
+        assert found == firsts
 
 
 def test_what_runs_beside_is_joined_also_where_nobody_reads_it() -> None:

@@ -504,6 +504,30 @@ def test_kernels_whose_instructions_a_gpu_or_its_code_lacks_are_passed_over(
 
 
 @pytest.mark.usefixtures("a_gpu")
+def test_the_stem_of_many_pixels_is_a_case_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(images: int, dtype: torch.dtype = torch.float16, channels: int = 4, **settings: Any) -> str | None:
+        with torch.device("meta"):
+            image, weight = torch.empty(images, channels, 256, 256), torch.empty(256, channels, 4, 4)
+            out = torch.empty(images, 256, 126, 126)
+        given = {"pool": True, **settings}
+        return ops.case_of("conv_pool.mixed", image.to(dtype), weight.to(dtype), None, None, **given, out=out)
+
+    assert case(8) == case(32, torch.bfloat16) == "stem"
+    assert [case(1), case(8, torch.float32), case(8, channels=8), case(8, pool=False)] == [None] * 4
+    assert ops.case_of("anomaly_map", "whatever it is") is None
+
+    monkeypatch.setattr(ops, "_is_installed", lambda implementation: True)
+    monkeypatch.setattr(ops, "load_implementation", lambda implementation: None)
+    monkeypatch.setattr(ops, "has_kernel", lambda implementation, name, device: True)
+    monkeypatch.setattr(ops, "resolve", lambda namespace, name: namespace)
+    for capability, stem in (((9, 0), "efficientad_fast_cuda"), ((8, 0), "efficientad_fast_triton")):
+        ops.choose.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
+        assert ops.choose("conv_pool.mixed", 0, "stem") == stem
+        assert ops.choose("conv_pool.mixed", 0) == "efficientad_fast_triton"
+
+
+@pytest.mark.usefixtures("a_gpu")
 def test_triton_makes_nothing_for_gpus_before_7(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_is_installed", lambda implementation: implementation == "triton")
     monkeypatch.setattr(ops, "load_implementation", lambda implementation: None)

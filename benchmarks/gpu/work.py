@@ -223,7 +223,8 @@ def launches_of(call: Call, gpu: Gpu, operations: float) -> list[Launch]:
     """
     if call.operator not in ops.choices():
         return [Launch(call.operator, 1, 0.0)]
-    for implementation in ops.choices()[call.operator]["default"]:
+    case = ops.case_of(call.name, **call.arguments)
+    for implementation in ops.best_first(call.operator, f"{gpu.capability:.1f}", case):
         if implementation == "cuda":
             return [Launch(call.operator, 1, 0.0)] * CUDA_LAUNCHES.get(call.operator, 1)
         if implementation == "triton":

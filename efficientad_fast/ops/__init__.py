@@ -170,26 +170,52 @@ def tiles() -> dict[str, list[dict[str, Any]]]:
     return cast(dict[str, list[dict[str, Any]]], _table()["tiles"])
 
 
-@_Once
-def choose(qualified_name: str, device_index: int) -> Callable[..., Any]:
-    """The first of :func:`choices` that works on this GPU and has a kernel for it; the reference always does."""
-    operator = qualified_name.partition(".")[0]
+def best_first(operator: str, capability: str, case: str | None = None) -> list[str]:
+    """The order in which the table has implementations for a GPU of that capability, such as ``9.0``."""
     by_capability = choices()[operator]
-    capability = ".".join(map(str, torch.cuda.get_device_capability(device_index)))
-    for implementation in by_capability.get(capability, by_capability["default"]):
+    order = by_capability.get(capability, by_capability["default"])
+    by_case: dict[str, dict[str, list[str]]] = _table()["cuda_cases"].get(operator, {})
+    return order if case is None else by_case.get(case, {}).get(capability, order)
+
+
+def case_of(qualified_name: str, *args: Any, **kwargs: Any) -> str | None:
+    """The case among its operator's that these arguments are, where it has some."""
+    case = overload(qualified_name).case
+    return None if case is None else case(*args, **kwargs)
+
+
+@_Once
+def choose(qualified_name: str, device_index: int, case: str | None = None) -> Callable[..., Any]:
+    """The first of :func:`best_first` that works on this GPU and has a kernel for it; the reference always does."""
+    capability = _capability(device_index)
+    for implementation in best_first(qualified_name.partition(".")[0], capability, case):
         if implementation == "reference":
             break
         known = cast(Implementation, implementation)
-        if not (_works_on(known, capability) and has_kernel(known, qualified_name, "CUDA")):
-            continue
-        if _has_instructions(known, capability, least_capability(known, operator)):
+        if _runs(known, qualified_name, capability):
             return resolve(f"{NAMESPACE}_{known}", qualified_name)
     return overload(qualified_name).reference
 
 
 def works_on(implementation: Implementation, device: torch.device) -> bool:
     """Whether it is installed and runs on that GPU."""
-    return _works_on(implementation, ".".join(map(str, torch.cuda.get_device_capability(device))))
+    return _works_on(implementation, _capability(device))
+
+
+def runs(implementation: Implementation, qualified_name: str, device: torch.device) -> bool:
+    """Whether it works on that GPU and has a kernel for the operator there."""
+    return _runs(implementation, qualified_name, _capability(device))
+
+
+def _runs(implementation: Implementation, qualified_name: str, capability: str) -> bool:
+    if not (_works_on(implementation, capability) and has_kernel(implementation, qualified_name, "CUDA")):
+        return False
+    least = least_capability(implementation, qualified_name.partition(".")[0])
+    return _has_instructions(implementation, capability, least)
+
+
+def _capability(device: torch.device | int) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 @_Once
@@ -240,7 +266,7 @@ def resolve(namespace: str, qualified_name: str) -> Callable[..., Any]:
 
 def _route_cuda(qualified_name: str, *args: Any, **kwargs: Any) -> Any:
     device = next(one.device for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
-    return choose(qualified_name, device.index)(*args, **kwargs)
+    return choose(qualified_name, device.index, case_of(qualified_name, *args, **kwargs))(*args, **kwargs)
 
 
 def _is_installed(implementation: Implementation) -> bool:

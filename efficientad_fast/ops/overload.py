@@ -23,12 +23,14 @@ class Overload:
             oracle of the tests. Its results never alias its arguments.
         fake: shape, dtype and device of the results, without computing them.
         setup_context, backward: its gradient as ``torch.library.register_autograd`` takes it, where it has one.
+        case: given the arguments, a name under which the table of choices may have another order for them, or None.
     """
 
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
+    case: Callable[..., str | None] | None = None
 
 
 def require(condition: bool, operator: str, argument: str, expected: str, got: object) -> None:

@@ -146,7 +146,7 @@ def _why_no_gpu_kernels(
     working = [one for one in asked if ops.works_on(one, device)]
     # What a plan cannot do without; images and results may take longer.
     needed = [name for name in OPERATORS if "mixed" in name or implementation is not None]
-    missing = [name for name in needed if not any(ops.has_kernel(one, name, "CUDA") for one in working)]
+    missing = [name for name in needed if not any(ops.runs(one, name, device) for one in working)]
     if not missing:
         return None
     lacking = f"there is no kernel of {', '.join(missing)}" if working else "there are no kernels for this GPU"

@@ -34,11 +34,14 @@ class Launches(NamedTuple):
     Attributes:
         first: before all else, such as preprocessing.
         last: behind all else, such as copying results to the host.
+        side_first: whether what may run beside is what the others wait for in the end: multiprocessors are its own
+            first. Where it is done before them anyway, it would only be in their way.
     """
 
     first: Callable[[], None] | None
     steps: Sequence[Step]
     last: Callable[[], None] | None = None
+    side_first: bool = False
 
     def one_by_one(self) -> None:
         if self.first is not None:
@@ -149,7 +152,8 @@ class GraphTurns(Turns):
         self._cuda = cuda
         self._last: Any = None  # stream that has the last work on the buffers
         self._behind = cuda.Event()  # that work
-        self._streams: tuple[Any, Any] | None = None
+        self._main: Any = None
+        self._sides: dict[bool, Any] = {}  # by whether it goes first
         self._pool: Any = None
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self._works = True
@@ -201,12 +205,17 @@ class GraphTurns(Turns):
         finally:
             _capturing.release()
 
+    def _side(self, first: bool) -> Any:
+        if first not in self._sides:
+            # CUDA's lower numbers go first.
+            self._sides[first] = self._cuda.Stream(self._device, priority=-1 if first else 0)
+        return self._sides[first]
+
     def _capture(self, make: Callable[[], Launches]) -> Any:
         cuda = self._cuda
-        if self._streams is None:
-            # Of one priority: with a higher one for the side a graph of S took a tenth longer on an H200.
-            self._streams = (cuda.Stream(self._device), cuda.Stream(self._device))
-        main, side = self._streams
+        if self._main is None:
+            self._main = cuda.Stream(self._device)
+        main = self._main
         if not self._alive:
             # A pool that no graph uses any more cannot be used again.
             self._pool = cuda.graph_pool_handle()
@@ -219,7 +228,7 @@ class GraphTurns(Turns):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 launches = make()
-                launches.forked(cuda, main, side)
+                launches.forked(cuda, main, self._side(launches.side_first))
             finally:
                 graph.capture_end()
         current.wait_stream(main)
