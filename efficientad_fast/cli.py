@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -151,6 +152,14 @@ def _model_size(text: str) -> ModelSize:
     raise InputError(f"--model-size must be 's' or 'm', got {text!r}.")
 
 
+@app.callback()
+def _start() -> None:
+    # Names of files may hold bytes that are no UTF-8; printing one must not end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="Folder of good images, or of an MVTec-AD-style data set.")],
@@ -281,6 +290,7 @@ def predict(
     """
     from efficientad_fast.data.folders import list_images
     from efficientad_fast.detector import DecodeOptions, Detector
+    from efficientad_fast.files import printable
 
     with _told_plainly():
         detector = Detector.load(model)
@@ -303,10 +313,10 @@ def predict(
                     # Before anything that may fail, such as an overlay started earlier.
                     rows.append(dataclasses.replace(prediction, anomaly_map=None))
                     if prediction.error is not None:
-                        errors.print(f"[red]failed:[/red] {escape(_printable(prediction.error))}", soft_wrap=True)
+                        errors.print(f"[red]failed:[/red] {escape(printable(prediction.error))}", soft_wrap=True)
                     else:
                         verdict = "anomalous" if prediction.label else "good"
-                        sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{_printable(prediction.source)}\n")
+                        sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{printable(prediction.source)}\n")
                         sys.stdout.flush()
                         if out is not None:
                             start(_write_overlay, prediction, detector, threshold, options, out, index)
@@ -339,20 +349,15 @@ def _in_background(most: int) -> Iterator[Callable[..., None]]:
             one.result()
 
 
-def _printable(text: str) -> str:
-    """With escapes for control characters, and for bytes of a file name that are not UTF-8."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
 def _write_predictions(rows: Sequence[Prediction], path: Path) -> None:
-    from efficientad_fast.files import atomic_path
+    from efficientad_fast.files import atomic_path, printable
 
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "score", "anomalous", "error"])
         for row in rows:
-            figures = [row.score, row.label, ""] if row.error is None else ["", "", _printable(row.error)]
-            writer.writerow([_printable(row.source), *figures])
+            figures = [row.score, row.label, ""] if row.error is None else ["", "", printable(row.error)]
+            writer.writerow([printable(row.source), *figures])
 
 
 def _write_overlay(
@@ -360,13 +365,14 @@ def _write_overlay(
 ) -> None:
     import numpy as np
 
+    from efficientad_fast.files import printable
     from efficientad_fast.report.overlays import colour_range, displayable, save_overlay
 
     if prediction.anomaly_map is None:
         return
     # Decoded a second time: keeping every original in the stream would cost more memory than this costs time.
     image = displayable(detector.preprocessing.decode(prediction.source, options).numpy())
-    name = f"{index:05d}_{_printable(Path(prediction.source).stem)}.png"
+    name = f"{index:05d}_{printable(Path(prediction.source).stem)}.png"
     low, high = colour_range(np.array([]), threshold)
     save_overlay(out / name, image, prediction.anomaly_map, low, high)
 

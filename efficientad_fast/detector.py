@@ -53,7 +53,7 @@ FILE_FORMAT = "efficientad_fast detector 1"
 _THREAD = "efficientad_fast-decode"
 
 _MOST_WAITING_BYTES = 256 * 2**20
-"""Of images that were decoded and wait for the networks."""
+"""Of images that were decoded and wait for the networks; four times as many where each of them is large."""
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 MapSize = Literal["network", "original"]
@@ -93,13 +93,19 @@ class Preprocessing:
         check_decode_options("rgb", self.max_value)
 
     def decode(
-        self, source: ImageSource, options: DecodeOptions | None = None, *, channels_last: bool = False
+        self,
+        source: ImageSource,
+        options: DecodeOptions | None = None,
+        *,
+        channels_last: bool = False,
+        tell: Callable[[str], None] | None = None,
     ) -> Tensor:
         """``(3, H, W)``, uint8 or float32 in [0, 1]: ``source`` as :func:`data.decode.decode_image` reads it.
 
         Args:
             options: what differs for this image.
             channels_last: lay it out so, as :meth:`batch` reads it fastest.
+            tell: called with a sentence where the result is not all that the file holds.
         """
         options = options or DecodeOptions()
         return decode_image(
@@ -108,6 +114,7 @@ class Preprocessing:
             max_value=self.max_value if options.max_value is None else options.max_value,
             apply_exif=self.apply_exif if options.apply_exif is None else options.apply_exif,
             channels_last=channels_last,
+            tell=tell,
         )
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -203,6 +210,7 @@ class Prediction:
         label: whether ``score > threshold``; ``None`` where there is no score.
         anomaly_map: ``(H, W)`` float32, or ``None`` where the image could not be read.
         error: why there is no score: the image could not be read, or the networks made NaN of it.
+        note: what else there is to know: the file holds further frames or pages, which were not looked at.
     """
 
     source: str
@@ -210,6 +218,7 @@ class Prediction:
     label: bool | None
     anomaly_map: np.ndarray | None = field(repr=False)
     error: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,7 @@ class _Decoded:
     source: str
     image: Tensor | None  # (3, H, W), as it was decoded
     error: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -774,9 +784,10 @@ class _Submitted:
             is_part = anomaly_map.untyped_storage().nbytes() > anomaly_map.nbytes
             pixels = (anomaly_map.clone() if is_part else anomaly_map).float().numpy()
             if math.isnan(score):
-                predictions.append(Prediction(item.source, score, None, pixels, f"{item.source}: {_NO_SCORE}"))
+                error = f"{item.source}: {_NO_SCORE}"
+                predictions.append(Prediction(item.source, score, None, pixels, error, item.note))
             else:
-                predictions.append(Prediction(item.source, score, score > threshold, pixels))
+                predictions.append(Prediction(item.source, score, score > threshold, pixels, note=item.note))
         return predictions
 
 
@@ -863,8 +874,10 @@ def _name(source: object, index: int) -> str:
 
 
 def _decode(source: ImageSource, name: str, preprocessing: Preprocessing, options: DecodeOptions) -> _Decoded:
+    notes: list[str] = []
     try:
-        return _Decoded(name, preprocessing.decode(source, options, channels_last=True))
+        image = preprocessing.decode(source, options, channels_last=True, tell=notes.append)
+        return _Decoded(name, image, note="; ".join(notes) or None)
     except ImageError as error:
         return _Decoded(name, None, str(error) if name in str(error) else f"{name}: {error}")
 
@@ -878,8 +891,8 @@ def _decoding_threads() -> int:
 class _Room:
     """For decoded images that wait to be taken, in order: whoever would decode one more waits until there is some.
 
-    The next ``always`` images to be taken need none, so that whoever takes them never waits for nothing. Those being
-    decoded are not counted.
+    The next ``always`` images to be taken may take four times as much of it, and the very next one needs none, so that
+    whoever takes it never waits for nothing. Those being decoded are not counted.
     """
 
     def __init__(self, always: int) -> None:
@@ -891,13 +904,16 @@ class _Room:
 
     def decode(self, index: int, *job: Any) -> _Decoded:
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._bytes < _MOST_WAITING_BYTES or index < self._taken + self._always or self._closed
-            )
+            self._changed.wait_for(lambda: self._closed or self._may(index))
         decoded = _decode(*job)
         with self._changed:
             self._bytes += 0 if decoded.image is None else decoded.image.nbytes
         return decoded
+
+    def _may(self, index: int) -> bool:
+        if index < self._taken + self._always and self._bytes < 4 * _MOST_WAITING_BYTES:
+            return True
+        return self._bytes < _MOST_WAITING_BYTES or index <= self._taken
 
     def take(self, decoded: _Decoded) -> None:
         with self._changed:

@@ -27,5 +27,9 @@ class DetectorFileError(InputError):
     """A detector file is missing, truncated or not ours."""
 
 
+class OutputError(EfficientADError, OSError):
+    """A file could not be written: the disk is full, or the like. What was there is as it was."""
+
+
 class BackendError(EfficientADError, RuntimeError):
     """A compiled library or a backend cannot be used on this machine."""

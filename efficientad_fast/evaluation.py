@@ -223,7 +223,7 @@ class Evaluation:
         """Write :meth:`to_json` to a file, atomically, and return its path."""
         target = Path(path)
         with atomic_path(target) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
         return target
 
     def relative_path(self, image: ImageResult) -> str:

@@ -3,18 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from numpy.lib.format import open_memmap
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from efficientad_fast.errors import DetectorFileError
+from efficientad_fast.errors import DetectorFileError, OutputError
+
+_MOST_BYTES = 2**32
+"""Of a file of tensors: a hundred times what a detector has. It is read as a whole."""
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+@contextlib.contextmanager
+def told_of_disk(target: Path) -> Iterator[None]:
+    """Turns a disk that is full, or cannot be written to, into an :class:`OutputError` that names ``target``."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise OutputError(
+            f"{target} could not be written: {os.strerror(error.errno)}. What was there before is as it was; make room "
+            f"on its disk, or give another place."
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names of files in ``folder`` to the disk, where its file system does that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """With escapes for control characters, and for bytes of a file name that are not UTF-8; no two become one."""
+    return "".join(one if one.isprintable() and one != "\\" else one.encode("unicode_escape").decode() for one in text)
 
 
 @contextlib.contextmanager
@@ -26,10 +67,18 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     leaves ``target`` whole and at most a hidden ``.NAME.*.partial*`` file beside it.
 
     Raises:
+        OutputError: the disk is full, or the like.
         OSError: the folder cannot be created or written to.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with told_of_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(target) as temporary:
+            yield temporary
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial{target.suffix}")
     # Made here, so that its mode is what the umask of the process and the folder give to a new file.
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -42,6 +91,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(target)
+        sync_folder(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -53,12 +103,16 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
+    content = save(plain, metadata=dict(metadata))
+    # Not by safetensors, which admits no names that are not UTF-8 and has errors of its own for a full disk.
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata=dict(metadata))
+        temporary.write_bytes(content)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; no pickle is involved.
+
+    The file is read as a whole: one that is mapped into memory would end the process where it is cut short meanwhile.
 
     Raises:
         DetectorFileError: the file is missing, truncated or something else.
@@ -67,9 +121,38 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if not path.is_file():
         raise DetectorFileError(f"There is no file {path}. Check the path.")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST_BYTES:
+                raise DetectorFileError(f"{path} has {size / 2**30:.1f} GiB, which no file of this package has.")
+            content = file.read(_MOST_BYTES)
+        tensors = load(content)
+        # Of what has been read, the header is known to be sound.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return {name: tensor.clone() for name, tensor in tensors.items()}, header.get("__metadata__") or {}
+    except (SafetensorError, OSError, KeyError) as error:
         raise DetectorFileError(
             f"{path} is not a safetensors file, or it is damaged ({error}). Copy it again, or make it again."
         ) from error
+
+
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """A ``.npy`` file of that shape, mapped into memory, whose place on the disk is taken at once.
+
+    Otherwise, writing to the array would end the process without a word where the disk is full.
+
+    Raises:
+        OutputError: there is no room.
+    """
+    with told_of_disk(path):
+        array = open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):
+            try:
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            except OSError as error:
+                # Some file systems cannot; then it is as it would be without.
+                if error.errno in _DISK_ERRORS:
+                    path.unlink(missing_ok=True)
+                    raise
+        return array

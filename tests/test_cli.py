@@ -267,6 +267,32 @@ def test_evaluate_in_float8_says_that_it_is_emulated(model: Path, images: Path, 
     assert any("emulated" in note for note in written["notes"])
 
 
+def test_folders_and_files_of_any_name_are_trained_on_evaluated_and_reported(images: Path, tmp_path: Path) -> None:
+    strange = tmp_path / os.fsdecode(b"\xff [bold]\n\xc3\xa4")
+    teacher_file = tmp_path / "teacher.safetensors"
+    weights.save_teacher(PatchDescriptionNetwork("s", CHANNELS), teacher_file, {"made_by": "test"})
+    for part in ("train/good", "test/good", "test/" + os.fsdecode(b"d\xfent")):
+        (strange / part).mkdir(parents=True)
+        for path in images.iterdir():
+            (strange / part / os.fsdecode(b"\xfe" + os.fsencode(path.name))).write_bytes(path.read_bytes())
+    (strange / "test/good/\udcfe0.png").write_bytes(b"")
+    out, report, figures = (strange / f"{name}\udcff" for name in ("model", "report", "figures"))
+    out = out.with_suffix(".safetensors")
+    result = _run("train", strange, "--out", out, "--preset", "quick", "--steps", 1, "--teacher", teacher_file)
+    assert result.exit_code == 0, result.output
+    assert "\\udcff [bold]\nä" in result.stdout
+    result = _run("evaluate", out, strange, "--report", report, "--json", figures)
+    assert result.exit_code == 1, result.output
+    assert "\\udcfe0.png: the file is empty" in result.stderr
+    paths = [image["path"] for image in json.loads(figures.read_text(encoding="utf-8"))["images"]]
+    assert "test/good/\udcfe0.png" in paths and "test/d\udcfent/\udcfe2.png" in paths
+    assert "\\udcfe0.png" in report.read_text(encoding="utf-8")
+    told = _run("info", out)
+    assert told.exit_code == 0 and "\\udcff [bold]" in told.stdout
+    result = _run("predict", out, strange / "test" / "good", "--out", strange / "results")
+    assert result.exit_code == 1 and len(result.stdout.splitlines()) == 2, result.output
+
+
 def test_evaluating_a_flat_folder_says_what_is_needed(model: Path, images: Path) -> None:
     result = _run("evaluate", model, images)
     assert result.exit_code == 2 and "test images" in result.stderr.replace("\n", " ")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
+import subprocess
+import sys
 import threading
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageCms
 from tolerances import EXACT
 
+from efficientad_fast.data import decode
 from efficientad_fast.data.decode import FORMATS, decode_image
 from efficientad_fast.errors import EfficientADError, ImageError, InputError
 
@@ -45,6 +51,10 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def saved(path: Path, image: Image.Image, **options: Any) -> Path:
     image.save(path, **options)
     return path
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 # Files
@@ -101,16 +111,13 @@ def test_pgm_headers_say_what_white_is(tmp_path: Path) -> None:
 
 
 def test_16_bit_colour_files(tmp_path: Path) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     path = tmp_path / "image.png"
     pixel = struct.pack(">3H", 0x1234, 0xFFFF, 0x00FF)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"\0" + pixel))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0))
+        + png_chunk(b"IDAT", zlib.compress(b"\0" + pixel))
+        + png_chunk(b"IEND", b"")
     )
     assert decode_image(path).flatten().tolist() == [0x12, 0xFF, 0x00]
     with pytest.raises(ImageError, match=r"image\.png: a 16-bit colour file.*max_value=4095 cannot.*uint16 array"):
@@ -313,7 +320,7 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", refuse)
+        patch.setattr(os, "open", refuse)
         with pytest.raises(ImageError, match=r"image\.png: permission denied; allow"):
             decode_image(path)
     if os.geteuid() != 0:
@@ -324,13 +331,241 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_decompression_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "bomb.png", Image.new("L", (100, 100)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    with pytest.raises(ImageError, match=r"bomb\.png: more pixels than Pillow takes.*MAX_IMAGE_PIXELS"):
+    monkeypatch.setattr(decode, "MAX_PIXELS", 9999)
+    with pytest.raises(ImageError, match=r"bomb\.png: claims 100 x 100 pixels, more than the 9,999.*MAX_PIXELS"):
         decode_image(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
-    with warnings.catch_warnings(), pytest.raises(ImageError, match=r"bomb\.png: more pixels"):
+    monkeypatch.setattr(decode, "MAX_PIXELS", 10000)
+    # Pillow's own limit is one for the whole process, and not asked.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert_same(decode_image(path), torch.zeros(3, 100, 100, dtype=torch.uint8))
+
+
+def test_a_small_file_that_claims_a_huge_size_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    header = struct.pack(">2I5B", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
+    rows = png_chunk(b"IDAT", zlib.compress(bytes(1000)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + rows + png_chunk(b"IEND", b""))
+    with pytest.raises(ImageError, match=r"bomb\.png: claims 2147483647 x 2147483647 pixels"):
         decode_image(path)
+    # Compressed text and colour profiles can be bombs, too.
+    text = png_chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(2**28), 9))
+    header = struct.pack(">2I5B", 1, 1, 8, 2, 0, 0, 0)
+    rows = png_chunk(b"IDAT", zlib.compress(bytes(4)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + text + rows + png_chunk(b"IEND", b""))
+    try:
+        assert decode_image(path).shape == (3, 1, 1)
+    except ImageError as error:
+        assert "bomb.png: truncated or damaged" in str(error)
+
+
+HUGE = """
+import sys
+from pathlib import Path
+from tests.small_detector import small_detector
+
+detector = small_detector()
+detector.warmup(runs=1)
+status = Path("/proc/self/status")
+
+def mebibytes(name):
+    return int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1]) // 1024
+
+before = mebibytes("VmRSS:")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+print(detector.predict(sys.argv[1]).score, mebibytes("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process's memory")
+def test_20000_by_20000_pixels_take_the_memory_of_two_copies(tmp_path: Path) -> None:
+    path = saved(tmp_path / "huge.png", Image.new("L", (20_000, 20_000), 77), compress_level=1)
+    root = Path(__file__).parent.parent
+    run = subprocess.run(
+        [sys.executable, "-c", HUGE, str(path)], cwd=root, capture_output=True, text=True, timeout=300, check=True
+    )
+    score, peak = run.stdout.split()
+    assert math.isfinite(float(score))
+    # 400 MB of grey in Pillow, 1200 MB of colour in the tensor.
+    assert int(peak) < 1.15 * 1600e6 / 2**20
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bands_are_put_together_as_the_whole(mode: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(colours(37, 29)).convert(mode)
+    whole = decode_image(image, channels_last=channels_last)
+    for pixels in (1, 29 * 7, 29 * 36):
+        monkeypatch.setattr(decode, "_BAND_PIXELS", pixels)
+        assert torch.equal(decode_image(image, channels_last=channels_last), whole)
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
+def test_images_of_one_row_or_column(tmp_path: Path, size: tuple[int, int], suffix: str) -> None:
+    path = saved(tmp_path / f"image.{suffix}", Image.new("RGB", size, (255, 255, 255)))
+    assert torch.equal(decode_image(path), torch.full((3, size[1], size[0]), 255, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("profile", [b"", b"garbage" * 100])
+def test_colour_profiles_change_nothing(tmp_path: Path, suffix: str, profile: bytes) -> None:
+    # Of a space in which red and blue have changed places, no less.
+    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for red, blue in ((b"rXYZ", b"tmp0"), (b"bXYZ", b"rXYZ"), (b"tmp0", b"bXYZ")):
+        swapped = swapped.replace(red, blue)
+    plain = saved(tmp_path / f"plain.{suffix}", Image.fromarray(colours()))
+    path = saved(tmp_path / f"image.{suffix}", Image.fromarray(colours()), icc_profile=profile or swapped)
+    with Image.open(path) as image:
+        assert image.info["icc_profile"]
+    assert_same(decode_image(path), decode_image(plain))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
+def test_further_frames_and_pages_are_told(tmp_path: Path, suffix: str) -> None:
+    options = {"webp": {"lossless": True}}.get(suffix, {})
+    first, second = (Image.fromarray(colours(seed=seed)) for seed in range(2))
+    several = saved(tmp_path / f"several.{suffix}", first, save_all=True, append_images=[second], **options)
+    one = saved(tmp_path / f"one.{suffix}", first, **options)
+    told: list[str] = []
+    alone = decode_image(one, tell=told.append)
+    assert not told
+    result = decode_image(several, tell=told.append)
+    assert told == [f"{several}: holds several frames or pages, of which the first was taken"]
+    assert_same(decode_image(several), result)
+    if suffix != "gif":  # whose palettes differ
+        assert_same(result, alone)
+    # A frame that the caller has chosen is no remainder.
+    with Image.open(several) as image:
+        image.seek(1)
+        decode_image(image, tell=told.append)
+    assert len(told) == 1
+
+
+def test_damage_behind_the_first_frame_does_not_matter(tmp_path: Path) -> None:
+    first, second = (Image.fromarray(colours(seed=seed)) for seed in range(2))
+    path = saved(tmp_path / "image.gif", first, save_all=True, append_images=[second])
+    whole = decode_image(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    assert_same(decode_image(path), whole)
+
+
+CUT = """
+import shutil, sys
+from pathlib import Path
+from PIL import ImageFile, TiffImagePlugin
+from efficientad_fast.data import decode
+
+path = Path("cut")
+
+def cutting(load, early):
+    # What another program does between the header and the pixels, or between the pixels and their copy.
+    def loaded(self):
+        if early:
+            path.open("r+b").truncate(200)
+        result = load(self)
+        path.open("r+b").truncate(200)
+        return result
+    return loaded
+
+classes = ImageFile.ImageFile, TiffImagePlugin.TiffImageFile
+loads = [one.load for one in classes]
+for source in sys.argv[1:]:
+    for early in (True, False):
+        shutil.copyfile(source, path)
+        for one, load in zip(classes, loads):
+            one.load = cutting(load, early)
+        try:
+            print(tuple(decode.decode_image(path).shape))
+        except decode.ImageError as error:
+            print(error)
+"""
+
+
+def test_a_file_that_is_cut_short_meanwhile_does_not_end_the_process(tmp_path: Path) -> None:
+    image = Image.fromarray(colours(500, 500)[..., 0])
+    kinds: list[tuple[str, dict[str, str]]] = [("raw.tif", {}), ("lzw.tif", {"compression": "tiff_lzw"}), ("b.bmp", {})]
+    paths = [saved(tmp_path / name, image, **options) for name, options in kinds]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(
+        [sys.executable, "-c", CUT, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert run.returncode == 0, run.stderr
+    before, after = run.stdout.splitlines()[::2], run.stdout.splitlines()[1::2]
+    assert len(before) == len(after) == 3
+    assert all("cut: truncated or damaged" in line for line in before)
+    assert after == ["(3, 500, 500)"] * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_file_that_becomes_a_pipe_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "image.png", Image.fromarray(colours()))
+    status = path.stat()
+    path.unlink()
+    os.mkfifo(path)
+    monkeypatch.setattr(Path, "stat", lambda self: status)
+    with pytest.raises(ImageError, match=r"image\.png: is a pipe, socket or device"):
+        decode_image(path)
+
+
+def test_a_file_that_vanishes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "image.png", Image.fromarray(colours()))
+    status = path.stat()
+    path.unlink()
+    monkeypatch.setattr(Path, "stat", lambda self: status)
+    with pytest.raises(ImageError, match=r"image\.png: no such file"):
+        decode_image(path)
+
+
+def test_links_are_followed_and_loops_told(tmp_path: Path) -> None:
+    path = saved(tmp_path / "image.png", Image.fromarray(colours()))
+    for name, target in (("link.png", path), ("loop.png", tmp_path / "loop.png"), ("nowhere.png", tmp_path / "gone")):
+        (tmp_path / name).symlink_to(target)
+    assert_same(decode_image(tmp_path / "link.png"), chw(colours()))
+    with pytest.raises(ImageError, match=r"loop\.png': not a usable path .*symbolic links"):
+        decode_image(tmp_path / "loop.png")
+    with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
+        decode_image(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize("name", ["a b.png", "a\nb.png", " .png", "-o.png", "\\.png", "\udcff\udcfe.png", "[red].png"])
+def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path / "image.png", Image.fromarray(colours())).rename(tmp_path / name)
+    assert_same(decode_image(path), chw(colours()))
+    assert_same(decode_image(os.fsencode(path).decode(errors="surrogateescape")), chw(colours()))
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "image.png", Image.fromarray(colours()))
+    monkeypatch.setattr(decode, "_LARGE_PIXELS", 23 * 31)
+    inside: list[int] = []
+    most: list[int] = []
+    from_pillow = decode._from_pillow
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        result = from_pillow(*arguments)
+        inside.pop()
+        return result
+
+    monkeypatch.setattr(decode, "_from_pillow", watched)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(decode_image, [path] * 8):
+            assert_same(result, chw(colours()))
+    assert max(most) == 1
+    monkeypatch.setattr(decode, "_LARGE_PIXELS", 23 * 31 + 1)
+    most.clear()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(decode_image, [path] * 8))
+    assert max(most) > 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system does not list open files")

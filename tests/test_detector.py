@@ -417,6 +417,30 @@ def test_every_kind_of_image_file_is_predicted(detector: Detector, tmp_path: Pat
     assert math.isfinite(_one(detector.predict(path)).score)
 
 
+def test_a_file_of_several_frames_is_predicted_by_its_first_and_said_so(detector: Detector, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)) for _ in range(3)]
+    for suffix in ("tif", "gif"):
+        one, several = tmp_path / f"one.{suffix}", tmp_path / f"several.{suffix}"
+        frames[0].save(one)
+        frames[0].save(several, save_all=True, append_images=frames[1:])
+        alone, first = (_one(detector.predict(path)) for path in (one, several))
+        assert alone.note is None
+        assert first.note == f"{several}: holds several frames or pages, of which the first was taken"
+        if suffix == "tif":  # a GIF of several frames may have another palette
+            assert first.score == alone.score
+        notes = [prediction.note for prediction in _several(detector.predict([one, several]))]
+        assert notes == [None, first.note]
+
+
+@pytest.mark.parametrize("shape", [(1, 10_000, 3), (10_000, 1, 3), (1, 10_000), (10_000, 1)])
+def test_one_row_or_column_is_predicted(detector: Detector, shape: tuple[int, ...]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    prediction = _one(detector.predict(image, map_size="original"))
+    assert math.isfinite(prediction.score)
+    assert prediction.anomaly_map is not None and prediction.anomaly_map.shape == shape[:2]
+
+
 def test_a_single_pixel_is_predicted(detector: Detector) -> None:
     prediction = _one(detector.predict(np.full((1, 1, 3), 77, np.uint8), map_size="original"))
     assert prediction.anomaly_map is not None and prediction.anomaly_map.shape == (1, 1)

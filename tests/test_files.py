@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientad_fast.errors import DetectorFileError
-from efficientad_fast.files import atomic_path, read_tensors, write_tensors
+from efficientad_fast.errors import DetectorFileError, OutputError
+from efficientad_fast.files import atomic_path, new_array, printable, read_tensors, write_tensors
 
 
 def test_the_file_appears_at_the_end_of_the_block_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -173,3 +176,90 @@ def test_a_file_truncated_anywhere_is_refused(share: float, tmp_path_factory: py
     (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(DetectorFileError, match="damaged"):
         read_tensors(folder / "model.safetensors")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+    if shutil.which("mount") is None or (made := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        reason = "there is no mount command" if shutil.which("mount") is None else made.stderr.strip()
+        pytest.skip(f"no file system can be mounted here: {reason}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_there(full_disk: Path) -> None:
+    path = full_disk / "model.safetensors"
+    small = {"a": torch.zeros(10)}
+    write_tensors(path, small, {"version": "1"})
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match=r"model\.safetensors could not be written: No space left.*as it was; make"):
+        write_tensors(path, {"a": torch.zeros(2**20)}, {"version": "2"})
+    with pytest.raises(OutputError, match="No space left"), atomic_path(path) as temporary:
+        temporary.write_bytes(bytes(2**21))
+    assert path.read_bytes() == before
+    assert [one.name for one in full_disk.iterdir()] == ["model.safetensors"]
+    with pytest.raises(OutputError, match=r"features\.npy could not be written: No space left"):
+        new_array(full_disk / "features.npy", np.float16, (1000, 1000))
+    assert [one.name for one in full_disk.iterdir()] == ["model.safetensors"]
+    new_array(full_disk / "features.npy", np.float16, (100, 1000))[:] = 1
+    assert np.load(full_disk / "features.npy").sum() == 100_000
+    # The place of an array that has not been written to is taken all the same.
+    new_array(full_disk / "zeros.npy", np.float16, (300, 1000))
+    with pytest.raises(OutputError):
+        write_tensors(full_disk / "other", {"a": torch.zeros(75_000)}, {})
+
+
+LIMITED = """
+import resource, sys
+import torch
+from efficientad_fast.files import write_tensors
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    write_tensors(sys.argv[1], {"a": torch.zeros(100_000)}, {})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("old")
+    run = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True, timeout=60, check=True)
+    assert "model could not be written: File too large" in run.stdout
+    assert path.read_text() == "old"
+    assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+def test_other_errors_of_what_writes_are_its_own(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "model"):
+        (tmp_path / "missing").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["\udcff.safetensors", "a\nb.safetensors", "ä"])
+def test_tensors_go_to_files_of_any_name(tmp_path: Path, name: str) -> None:
+    write_tensors(tmp_path / name, {"a": torch.arange(3)}, {"b": "c"})
+    tensors, metadata = read_tensors(tmp_path / name)
+    assert tensors["a"].tolist() == [0, 1, 2] and metadata == {"b": "c"}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_larger_than_any_of_ours_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DetectorFileError, match=r"model\.safetensors has 1024\.0 GiB, which no file"):
+        read_tensors(path)
+
+
+@given(st.text(st.characters(codec=None, exclude_categories=()), max_size=12), st.text(max_size=12))
+def test_names_are_printable_and_stay_apart(first: str, second: str) -> None:
+    assert printable(first).isprintable()
+    printable(first).encode("utf-8")
+    assert (printable(first) == printable(second)) == (first == second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,34 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (root / "broken.png").symlink_to(root / "missing.png")
     # Decoding will name the broken link; leaving it out would hide it.
     assert relative(root, list_images(root)) == ["broken.png", "file.png", "out/b.png", "z/a.png"]
+
+
+def test_names_of_any_bytes_are_listed(tmp_path: Path) -> None:
+    names = ["a b.png", "a\nb.png", "\udcff/\udcfe.png", "-o.png", "*.png", "$x$.png", "\\.png"]
+    touch(tmp_path, *names)
+    assert relative(tmp_path, list_images(tmp_path)) == sorted(names)
+
+
+def test_a_folder_of_100000_files_is_listed_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        def __init__(self, number: int) -> None:
+            self.name = f"{number * 7919 % 100_000:05d}.png"
+
+        def is_dir(self) -> bool:
+            return False
+
+    class Entries(list[Entry]):
+        def __enter__(self) -> Entries:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+    # Making them takes longer than listing them.
+    monkeypatch.setattr(os, "scandir", lambda folder: Entries(Entry(number) for number in range(100_000)))
+    before = time.process_time()
+    images = list_images(Path())
+    assert time.process_time() - before < 5
+    assert [image.name for image in images] == [f"{number:05d}.png" for number in range(100_000)]
 
 
 @pytest.mark.parametrize("names", [(), ("notes.txt", "sub/data.csv"), (".hidden.png",)])

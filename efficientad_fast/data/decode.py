@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import stat
 import struct
+import threading
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
@@ -22,9 +26,22 @@ from efficientad_fast.errors import ImageError, InputError
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 """Pillow's names of what is read, the common ones first. Its other readers stay shut: one of them starts a program."""
 
+MAX_PIXELS = 2**29
+"""What a file's image may have: 20,000 x 20,000 and some more. A larger one is refused before its pixels are decoded,
+since a file of a few bytes can claim any size. It is in place of ``PIL.Image.MAX_IMAGE_PIXELS``, which refuses less
+than half of that; set it as that one is set."""
+
 CHANNEL_ORDERS = ("rgb", "bgr")
 
 _UINT16_MAX = 65535
+
+_BAND_PIXELS = 2**22
+"""What is converted at a time, so that a large image is in memory once as Pillow has it and once as a tensor."""
+
+_LARGE_PIXELS = 2**26
+"""From here on, images are decoded one at a time, whatever the number of threads."""
+
+_large = threading.Lock()
 
 # What the readers of Pillow's many versions let out on damaged files, where one exception would do.
 _DECODER_FAILURES = (
@@ -85,6 +102,7 @@ def decode_image(
     max_value: int | None = None,
     apply_exif: bool = False,
     channels_last: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> Tensor:
     """Decode ``source`` to RGB.
 
@@ -92,7 +110,8 @@ def decode_image(
         source: one of
 
             - a path. The content decides what the file is, not its suffix; BMP, GIF, JPEG, JPEG 2000, PNG, PPM / PGM /
-              PBM, TIFF and WebP are read. Of several frames or pages, the first is taken.
+              PBM, TIFF and WebP are read. Of several frames or pages, the first is taken. A file that another program
+              cuts short or removes meanwhile is a damaged one, and nothing worse.
             - a PIL image of any mode but LAB. It is left open.
             - a numpy array, ``(H, W)`` or ``(H, W, C)`` with 1, 3 or 4 channels; any strides and byte order.
             - a torch tensor, ``(H, W)`` or ``(C, H, W)`` with 1, 3 or 4 channels, on any device.
@@ -106,11 +125,12 @@ def decode_image(
             files, which Pillow turns itself while reading (as in the other implementations, which read with it).
         channels_last: lay the result out with its channels next to each other, as files hold them and the operator
             ``preprocess`` reads them.
+        tell: called with a sentence where the result is not all that the file holds: it has further frames or pages.
 
     Returns:
         ``(3, H, W)``, contiguous or channels-last, on the CPU, never sharing memory with ``source``: uint8 for 8-bit
         sources, else float32 in [0, 1]. 16-bit grey keeps its precision; of 16-bit colour files Pillow keeps the upper
-        8 bits.
+        8 bits. Colour profiles (ICC) are not applied, as the two other implementations do not.
 
     Raises:
         ImageError: the image cannot be read, or holds what is described nowhere above.
@@ -127,7 +147,7 @@ def decode_image(
         name = f"PIL image {file}" if file else "PIL image"
         return _from_pillow(source, name, layout, max_value, apply_exif)
     if isinstance(source, str | os.PathLike):
-        return _from_file(source, layout, max_value, apply_exif)
+        return _from_file(source, layout, max_value, apply_exif, tell)
     raise ImageError(
         f"an image is a {type(source).__name__}; expected a path, a PIL image, a numpy array or a torch tensor"
         + ("; open encoded bytes with PIL.Image.open(io.BytesIO(data))" if isinstance(source, bytes) else "")
@@ -141,44 +161,119 @@ class _Layout(NamedTuple):
     channels_last: bool
 
 
-def _from_file(path: str | os.PathLike[str], layout: _Layout, max_value: int | None, apply_exif: bool) -> Tensor:
+def _from_file(
+    path: str | os.PathLike[str],
+    layout: _Layout,
+    max_value: int | None,
+    apply_exif: bool,
+    tell: Callable[[str], None] | None,
+) -> Tensor:
     name = os.fsdecode(path) or "."
+    with _opened(name) as file:
+        try:
+            image = _identified(file)
+        except UnidentifiedImageError as error:
+            raise ImageError(
+                f"{name}: not an image, of an unknown kind, or too damaged to tell; BMP, GIF, JPEG, JPEG 2000, PNG, "
+                f"PPM, TIFF and WebP files are read, whatever their suffix"
+            ) from error
+        except _DECODER_FAILURES as error:
+            raise _decoder_failure(name, error) from error
+        with image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise ImageError(
+                    f"{name}: claims {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are "
+                    f"taken; cut the image into parts, or raise efficientad_fast.data.decode.MAX_PIXELS where the file "
+                    f"is trusted"
+                )
+            with _large if pixels >= _LARGE_PIXELS else contextlib.nullcontext():
+                decoded = _from_pillow(image, name, layout, max_value, apply_exif)
+            if tell is not None and _has_more(image):
+                tell(f"{name}: holds several frames or pages, of which the first was taken")
+            return decoded
+
+
+class _Unmapped(io.FileIO):
+    """A file that keeps its descriptor to itself.
+
+    Decoders that get it map the file into memory, and the process ends where another program cuts the file short.
+    """
+
+    def fileno(self) -> NoReturn:
+        raise io.UnsupportedOperation("fileno")
+
+
+def _opened(name: str) -> io.BufferedReader:
+    """The regular file of that name, open for reading; never waits."""
     try:
-        status = Path(name).stat()
+        # Before it is opened, too: opening some devices does something.
+        _check_regular(name, Path(name).stat())
+        # What was a file a moment ago may be a pipe, which would wait for its writer.
+        file = _Unmapped(os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)))
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file; check the path") from error
     except PermissionError as error:
         raise ImageError(f"{name}: permission denied; allow this user to read the file and its folder") from error
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
         raise ImageError(f"{name!r}: not a usable path ({error}); give the path of an image file") from error
+    try:
+        status = os.fstat(io.FileIO.fileno(file))
+        _check_regular(name, status)
+        if status.st_size == 0:
+            raise ImageError(f"{name}: the file is empty; copy or record it again")
+    except BaseException:
+        file.close()
+        raise
+    return io.BufferedReader(file)
+
+
+def _check_regular(name: str, status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"{name}: is a folder; give the path of one image file")
-    # Opening a named pipe would wait for its writer.
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(f"{name}: is a pipe, socket or device; give the path of an image file")
-    if status.st_size == 0:
-        raise ImageError(f"{name}: the file is empty; copy or record it again")
-    # Without these, a missing one has Pillow load all of its forty readers.
+
+
+def _identified(file: io.BufferedReader) -> ImageFile.ImageFile:
+    """As ``Image.open(file, formats=FORMATS)``, but for its limit of pixels, which is one for the whole process.
+
+    Raises:
+        UnidentifiedImageError: none of the formats' readers knows it. Others: as the readers do.
+    """
     Image.preinit()
+    if not Image.OPEN.keys() >= set(FORMATS):
+        Image.init()
+    start = file.read(16)
+    for name in FORMATS:
+        factory, accepts = Image.OPEN.get(name, (None, None))
+        accepted = factory is not None and (accepts is None or accepts(start))
+        # Text in place of an answer says that Pillow was built without the reader.
+        if factory is None or not accepted or isinstance(accepted, str):
+            continue
+        file.seek(0)
+        try:
+            # Without a name, for a reader that knows it maps the file into memory.
+            return factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue
+    raise UnidentifiedImageError
+
+
+def _has_more(image: Image.Image) -> bool:
     try:
-        image = Image.open(name, formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name}: not an image, of an unknown kind, or too damaged to tell; BMP, GIF, JPEG, JPEG 2000, PNG, PPM, "
-            f"TIFF and WebP files are read, whatever their suffix"
-        ) from error
-    except PermissionError as error:
-        raise ImageError(f"{name}: permission denied; allow this user to read the file") from error
-    except _DECODER_FAILURES as error:
-        raise _decoder_failure(name, error) from error
-    with image:
-        return _from_pillow(image, name, layout, max_value, apply_exif)
+        return bool(getattr(image, "is_animated", False))
+    except _DECODER_FAILURES:
+        # What comes behind the first frame is damaged, and not asked for.
+        return False
 
 
 def _decoder_failure(name: str, error: BaseException) -> ImageError:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return ImageError(
-            f"{name}: more pixels than Pillow takes without being told ({error}); cut the image into parts, or raise "
+            f"{name}: more pixels in a frame or tile than Pillow takes ({error}); cut the image into parts, or raise "
             f"PIL.Image.MAX_IMAGE_PIXELS where the file is trusted"
         )
     if isinstance(error, MemoryError):
@@ -203,15 +298,17 @@ def _from_pillow(image: Image.Image, name: str, layout: _Layout, max_value: int 
         image.load()
         if apply_exif and image.getexif().get(ExifTag.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        for mode in _CONVERSIONS.get(image.mode, ()):
-            image = image.convert(mode)
+        if image.width == 0 or image.height == 0:
+            raise ImageError(
+                f"{name}: has no pixels (width {image.width}, height {image.height}); give an image that has"
+            )
+        if image.mode in _DIRECT_MODES or image.mode in _CONVERSIONS:
+            return _from_bands(image, layout)
         pixels = np.asarray(image)
+    except ImageError:
+        raise
     except _DECODER_FAILURES as error:
         raise _decoder_failure(name, error) from error
-    if pixels.size == 0:
-        raise ImageError(f"{name}: has no pixels (width {image.width}, height {image.height}); give an image that has")
-    if image.mode in _DIRECT_MODES:
-        return _from_uint8(pixels, layout)
     if image.mode == "F":
         return _from_floats(pixels, name, layout)
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -219,6 +316,27 @@ def _from_pillow(image: Image.Image, name: str, layout: _Layout, max_value: int 
         white = _UINT16_MAX if max_value is None or image.format == "PPM" else int(max_value)
         return _from_integers(pixels, name, white, layout)
     raise ImageError(f"{name}: has Pillow's mode {image.mode}; convert it with image.convert('RGB') or ImageCms first")
+
+
+def _from_bands(image: Image.Image, layout: _Layout) -> Tensor:
+    """An 8-bit image, some rows at a time."""
+    target = _empty((image.height, image.width), torch.uint8, layout)
+    into = target.numpy()
+    for top, band in _bands(image):
+        for mode in _CONVERSIONS.get(image.mode, ()):
+            band = band.convert(mode)
+        _copy(_planes(np.asarray(band), layout), into[:, top : top + band.height])
+    return target
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Rows of an image with the number of the first; the image itself where it is small."""
+    rows = max(_BAND_PIXELS // image.width, 1)
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _from_tensor(tensor: Tensor, layout: _Layout, max_value: int | None) -> Tensor:
@@ -280,8 +398,8 @@ def _planes(pixels: NDArray[np.generic], layout: _Layout) -> NDArray[np.generic]
     return colours[::-1] if layout.reverse else colours
 
 
-def _empty(pixels: NDArray[np.generic], dtype: torch.dtype, layout: _Layout) -> Tensor:
-    height, width = pixels.shape[:2]
+def _empty(size: tuple[int, int], dtype: torch.dtype, layout: _Layout) -> Tensor:
+    height, width = size
     if layout.channels_last:
         return torch.empty((height, width, 3), dtype=dtype).permute(2, 0, 1)
     return torch.empty((3, height, width), dtype=dtype)
@@ -297,7 +415,7 @@ def _copy(planes: NDArray[np.generic], target: NDArray[np.generic]) -> None:
 
 
 def _from_uint8(pixels: NDArray[np.generic], layout: _Layout) -> Tensor:
-    image = _empty(pixels, torch.uint8, layout)
+    image = _empty(pixels.shape[:2], torch.uint8, layout)
     _copy(_planes(pixels, layout), image.numpy())
     return image
 
@@ -310,13 +428,13 @@ def _from_integers(pixels: NDArray[np.generic], name: str, white: int, layout: _
             f"{name}: values from {lowest} to {highest} where white (max_value) is {white}; expected 0 to {white}, so "
             f"state the max_value of the camera's bit depth"
         )
-    image = _empty(pixels, torch.float32, layout)
+    image = _empty(pixels.shape[:2], torch.float32, layout)
     np.divide(planes, np.float32(white), out=image.numpy(), dtype=np.float32, casting="unsafe")
     return image
 
 
 def _from_floats(pixels: NDArray[np.generic], name: str, layout: _Layout) -> Tensor:
-    image = _empty(pixels, torch.float32, layout)
+    image = _empty(pixels.shape[:2], torch.float32, layout)
     with np.errstate(over="ignore"):
         _copy(_planes(pixels, layout), image.numpy())
     lowest, highest = float(image.amin()), float(image.amax())

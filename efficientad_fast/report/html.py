@@ -89,7 +89,7 @@ def write_report(
         raise InputError(f"max_per_kind must be 0 or more, got {max_per_kind}.")
     page = _render(evaluation, detector_summary, max_per_kind)
     with atomic_path(target) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from efficientad_fast.data.folders import GOOD
 from efficientad_fast.evaluation import Evaluation
+from efficientad_fast.files import printable
 from efficientad_fast.metrics import roc_curve
 
 if TYPE_CHECKING:
@@ -174,7 +175,8 @@ def _scores(evaluation: Evaluation, kind: str) -> NDArray[np.float64]:
 
 
 def _shortened(name: str, length: int = 22) -> str:
-    # A dollar sign would begin a formula.
+    # A dollar sign would begin a formula, and what is no character cannot be drawn.
+    name = printable(name)
     name = name if len(name) <= length else f"{name[: length - 1]}…"
     return name.replace("$", r"\$")
 

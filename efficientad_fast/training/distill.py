@@ -17,13 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from efficientad_fast.data.decode import decode_image
 from efficientad_fast.data.textures import synthetic_image
 from efficientad_fast.errors import InputError
-from efficientad_fast.files import atomic_path
+from efficientad_fast.files import atomic_path, new_array
 from efficientad_fast.reference.networks import (
     FEATURE_BORDER,
     FEATURE_CHANNELS,
@@ -243,7 +242,7 @@ def build_target_cache(
         for name in (_RECORD, *shapes):
             (folder / name).unlink(missing_ok=True)
         check_space(folder, sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in shapes.values()))
-        arrays = [open_memmap(folder / name, "w+", dtype, shape) for name, (dtype, shape) in shapes.items()]
+        arrays = [new_array(folder / name, dtype, shape) for name, (dtype, shape) in shapes.items()]
         record = empty
     else:
         arrays = [np.load(folder / name, mmap_mode="r+" if record.done < count else "r") for name in shapes]

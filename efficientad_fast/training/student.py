@@ -20,7 +20,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from efficientad_fast import ops
@@ -28,7 +27,7 @@ from efficientad_fast.data.folders import Dataset, split_validation
 from efficientad_fast.data.textures import synthetic_image
 from efficientad_fast.detector import Detector, Preprocessing
 from efficientad_fast.errors import DatasetError, ImageError, InputError
-from efficientad_fast.files import read_tensors, write_tensors
+from efficientad_fast.files import new_array, read_tensors, write_tensors
 from efficientad_fast.plan import parse_device
 from efficientad_fast.reference.losses import mean_squared_error, penalty_loss
 from efficientad_fast.reference.maps import MapConvention
@@ -382,7 +381,7 @@ def teacher_statistics(
             output = teacher(image.to(device).contiguous(memory_format=torch.channels_last))[0]
         if cache is not None:
             if features is None:
-                features = open_memmap(cache, "w+", np.float16, (len(paths), height, width, len(output)))
+                features = new_array(cache, np.float16, (len(paths), height, width, len(output)))
             features[index] = output.movedim(0, -1).half().cpu().numpy()
         statistics.add(output.unsqueeze(0))
         observer.progress("teacher statistics", index + 1, len(paths))
