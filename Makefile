@@ -13,6 +13,9 @@
 #              and run the operators' tests with it
 # make fuzz-kernels  the CUDA C++ kernels in the emulator over many drawn shapes, others every time; half an hour and more;
 #              EXAMPLES=25 times as many as in the tests
+# make kill    kill saving, training and predicting at 100 random moments each (KILLS), and look at what is left
+# make soak    20,000 predictions (COUNT) through every entry point, bad images among them; memory, files and threads must stay
+# make fuzz    images, files of weights, and arrays, drawn by atheris where it can be installed; 600 SECONDS each
 # make clean   remove what was built (the environment stays, and is completed by the next make)
 #
 # Settings, on the command line or in the environment:
@@ -47,7 +50,7 @@ SETTINGS := $(VENV)/.settings
 BUILD_INPUTS := setup.py build_backend.py pyproject.toml efficientad_fast/ops/schemas.inc \
                 $(shell find csrc -type f)
 
-.PHONY: help demo test lint bench kernel-report gpu-check gpu-peers gpu-sanitize sanitize fuzz-kernels clean FORCE
+.PHONY: help demo test lint bench kernel-report gpu-check gpu-peers gpu-sanitize sanitize fuzz-kernels kill soak fuzz clean FORCE
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -105,6 +108,23 @@ EXAMPLES ?= 25
 fuzz-kernels: $(TESTS)
 	EFFICIENTAD_FAST_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -k drawn_shapes -p no:cacheprovider \
 	  --hypothesis-seed=$$RANDOM tests/test_cuda_operators.py
+
+KILLS ?= 100
+
+kill: $(TESTS)
+	EFFICIENTAD_FAST_KILLS=$(KILLS) $(BIN)/python -m pytest -q -k kill_9 tests/test_results.py
+
+COUNT ?= 20000
+
+soak: $(TESTS)
+	$(BIN)/python -m tests.soak --count $(COUNT)
+
+SECONDS ?= 600
+
+# Without atheris, which has no build for some systems, the same targets take mutations drawn at random.
+fuzz: $(TESTS)
+	$(INSTALL) atheris || echo "atheris cannot be installed here"
+	for target in image weights array; do $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS); done
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -35,12 +34,16 @@ from rich.table import Table
 
 from efficientad_fast.errors import EfficientADError, InputError
 
+_MOST_OVERLAY_PIXELS = 2**23
+"""Of an overlay; larger images are shown at a half, a third and so on. Drawing takes many times the image's memory."""
+
 if TYPE_CHECKING:
     import torch
 
     from efficientad_fast.detector import DecodeOptions, Detector, Prediction
     from efficientad_fast.evaluation import Evaluation
     from efficientad_fast.reference.networks import ModelSize, PatchDescriptionNetwork
+    from efficientad_fast.results import Draw, Results
     from efficientad_fast.training.student import PenaltyImages
 
 app = typer.Typer(
@@ -269,8 +272,15 @@ def _penalty_images(choice: str) -> PenaltyImages | None:
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="A detector made by `efficientad-fast train`.")],
-    images: Annotated[list[Path], typer.Argument(help="Images and folders of images.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for predictions.csv and overlays.")] = None,
+    images: Annotated[list[Path] | None, typer.Argument(help="Images and folders of images.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for predictions.csv and overlays. What it has already is not done again."),
+    ] = None,
+    follow: Annotated[
+        Path | None, typer.Option(help="Predict what is in this folder, and what arrives there, until Ctrl-C.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the predictions that --out has.")] = False,
     batch_size: BatchOption = 1,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
@@ -287,94 +297,171 @@ def predict(
     One line an image goes to standard output: score, verdict, path, separated by tabs; what cannot be printed of a
     path is escaped. A file that cannot be read is reported on standard error and the exit code is 1; the others are
     predicted.
+
+    The same command with the same --out goes on where it was stopped: it predicts what is new, has changed or had
+    failed. With --follow each file is predicted once, when nobody writes to it any more; with --out, also after a
+    restart.
     """
-    from efficientad_fast.data.folders import list_images
-    from efficientad_fast.detector import DecodeOptions, Detector
-    from efficientad_fast.files import printable
+    from efficientad_fast.detector import DecodeOptions, Detector, dtype_name
 
     with _told_plainly():
+        if (follow is None) == (not images):
+            raise InputError("Give images and folders to predict, or --follow FOLDER: one of the two.")
+        if restart and out is None:
+            raise InputError("--restart drops the predictions in a folder: give it with --out.")
+        if out is not None and any(_same_folder(out, one) for one in [*(images or ()), *([follow] if follow else ())]):
+            raise InputError(f"--out {out} is a folder of images; give another, such as {out / 'results'}.")
         detector = Detector.load(model)
-        paths = [found for path in images for found in (list_images(path) if path.is_dir() else [path])]
-        rows: list[Prediction] = []
         options = DecodeOptions(max_value=max_value, apply_exif=apply_exif)
-        chosen = _dtype(dtype)
-        threshold = detector.precision(detector.dtype_on(device, chosen)).threshold
-        stream = detector.stream(
-            paths,
-            batch_size=batch_size,
-            device=device,
-            dtype=chosen,
-            map_size="original" if out else "network",
-            decode=options,
-        )
-        try:
-            with _in_background(most=2 * batch_size) as start:
-                for index, prediction in enumerate(stream):
-                    # Before anything that may fail, such as an overlay started earlier.
-                    rows.append(dataclasses.replace(prediction, anomaly_map=None))
-                    if prediction.error is not None:
-                        errors.print(f"[red]failed:[/red] {escape(printable(prediction.error))}", soft_wrap=True)
-                    else:
-                        verdict = "anomalous" if prediction.label else "good"
-                        sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{printable(prediction.source)}\n")
-                        sys.stdout.flush()
-                        if out is not None:
-                            start(_write_overlay, prediction, detector, threshold, options, out, index)
-        finally:
-            # Interrupted, too: what was predicted is not lost.
-            if out is not None:
-                _write_predictions(rows, out / "predictions.csv")
-        failed = sum(row.error is not None for row in rows)
-        if failed:
-            errors.print(f"{failed} of {len(rows)} images failed.")
+        computed = detector.dtype_on(device, _dtype(dtype))
+        detector.plan(device, computed)
+        threshold = detector.precision(computed).threshold
+        run = {
+            "detector": _digest(model),
+            "dtype": dtype_name(computed),
+            "max_value": max_value,
+            "apply_exif": apply_exif,
+        }
+
+        def stream(paths: list[Path]) -> Iterator[Prediction]:
+            return detector.stream(paths, batch_size=batch_size, device=device, dtype=computed, decode=options)
+
+        def draw(path: Path, prediction: Prediction) -> None:
+            _write_overlay(path, prediction, detector, threshold, options)
+
+        with _results(out, run, draw, restart=restart, most=2 * batch_size) as results:
+            if follow is not None:
+                counts = _follow(follow, out, stream, results)
+            else:
+                counts = _predict_all(images or [], out, stream, results)
+        if counts.failed:
+            errors.print(f"{counts.failed} of {counts.failed + counts.predicted} images failed.")
             raise typer.Exit(1)
 
 
+@dataclasses.dataclass
+class _Counts:
+    predicted: int = 0
+    failed: int = 0
+
+    def tell(self, prediction: Prediction) -> None:
+        from efficientad_fast.files import printable
+
+        if prediction.note is not None:
+            errors.print(f"note: {escape(printable(prediction.note))}", soft_wrap=True)
+        if prediction.error is not None:
+            self.failed += 1
+            errors.print(f"[red]failed:[/red] {escape(printable(prediction.error))}", soft_wrap=True)
+            return
+        self.predicted += 1
+        verdict = "anomalous" if prediction.label else "good"
+        sys.stdout.write(f"{prediction.score:.6f}\t{verdict}\t{printable(prediction.source)}\n")
+        sys.stdout.flush()
+
+
+def _predict_all(
+    images: Sequence[Path],
+    out: Path | None,
+    stream: Callable[[list[Path]], Iterator[Prediction]],
+    results: Results | None,
+) -> _Counts:
+    from efficientad_fast.data.arrivals import file_version
+    from efficientad_fast.data.folders import list_images
+
+    counts = _Counts()
+    paths = [found for path in images for found in (list_images(path) if path.is_dir() else [path])]
+    if results is None or out is None:
+        for prediction in stream(paths):
+            counts.tell(prediction)
+        return counts
+    found = [(path, file_version(path)) for path in paths if not results.is_overlay(path)]
+    todo = [(path, version) for path, version in found if not results.is_done(path, version)]
+    if len(todo) < len(found):
+        errors.print(
+            f"{len(found) - len(todo)} of {len(found)} images are in {escape(str(out))} already.", soft_wrap=True
+        )
+    results.forget(path for path, _ in todo)
+    for (_, version), prediction in zip(todo, stream([path for path, _ in todo]), strict=True):
+        counts.tell(prediction)
+        results.add(prediction, version)
+    return counts
+
+
+def _follow(
+    folder: Path,
+    out: Path | None,
+    stream: Callable[[list[Path]], Iterator[Prediction]],
+    results: Results | None,
+) -> _Counts:
+    from efficientad_fast.data.arrivals import Arrivals, FileVersion, file_version
+    from efficientad_fast.data.folders import find_images
+
+    def ignored(path: Path, version: FileVersion) -> bool:
+        return results is not None and (results.is_overlay(path) or results.is_done(path, version))
+
+    counts = _Counts()
+    arrivals = Arrivals(folder, ignored)
+    if results is not None:
+        results.forget(find_images(folder, skip_unreadable=True))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        errors.print(f"following {escape(str(folder))}; Ctrl-C ends it.", soft_wrap=True)
+        for ready in arrivals:
+            for arrival, prediction in zip(ready, stream([one.path for one in ready]), strict=True):
+                version = file_version(arrival.path)
+                unfinished = prediction.error is not None and arrivals.may_be_unfinished(arrival)
+                if version != arrival.version or unfinished:
+                    arrivals.again(arrival)
+                    continue
+                arrivals.done(arrival)
+                counts.tell(prediction)
+                if results is not None:
+                    results.add(prediction, version)
+            if results is not None and not ready:
+                results.write()
+    except KeyboardInterrupt:
+        errors.print(f"stopped; {counts.predicted} images were predicted.")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return counts
+
+
 @contextmanager
-def _in_background(most: int) -> Iterator[Callable[..., None]]:
-    """What starts a function in another thread, at most ``most`` at a time; all have ended when this is left.
+def _results(
+    out: Path | None, run: Mapping[str, Any], draw: Draw, *, restart: bool, most: int
+) -> Iterator[Results | None]:
+    from efficientad_fast.results import Results
 
-    The first exception of one is raised when the next is started, or when this is left.
-    """
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-
-        def start(function: Callable[..., object], *arguments: object) -> None:
-            waiting.append(pool.submit(function, *arguments))
-            while len(waiting) > most or (waiting and waiting[0].done()):
-                waiting.popleft().result()
-
-        yield start
-        for one in waiting:
-            one.result()
+    if out is None:
+        yield None
+        return
+    with Results(out, run, draw=draw, restart=restart, most=most) as results:
+        yield results
 
 
-def _write_predictions(rows: Sequence[Prediction], path: Path) -> None:
-    from efficientad_fast.files import atomic_path, printable
+def _same_folder(first: Path, second: Path) -> bool:
+    return first.is_dir() and second.is_dir() and first.samefile(second)
 
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "score", "anomalous", "error"])
-        for row in rows:
-            figures = [row.score, row.label, ""] if row.error is None else ["", "", printable(row.error)]
-            writer.writerow([printable(row.source), *figures])
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _write_overlay(
-    prediction: Prediction, detector: Detector, threshold: float, options: DecodeOptions, out: Path, index: int
+    path: Path, prediction: Prediction, detector: Detector, threshold: float, options: DecodeOptions
 ) -> None:
     import numpy as np
 
-    from efficientad_fast.files import printable
     from efficientad_fast.report.overlays import colour_range, displayable, save_overlay
 
     if prediction.anomaly_map is None:
         return
     # Decoded a second time: keeping every original in the stream would cost more memory than this costs time.
-    image = displayable(detector.preprocessing.decode(prediction.source, options).numpy())
-    name = f"{index:05d}_{printable(Path(prediction.source).stem)}.png"
+    image = detector.preprocessing.decode(prediction.source, options).numpy()
+    step = math.ceil(math.sqrt(image[0].size / _MOST_OVERLAY_PIXELS))
     low, high = colour_range(np.array([]), threshold)
-    save_overlay(out / name, image, prediction.anomaly_map, low, high)
+    save_overlay(path, displayable(image[:, ::step, ::step]), prediction.anomaly_map, low, high)
 
 
 @app.command()

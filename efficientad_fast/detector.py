@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
@@ -233,8 +234,9 @@ class _Decoded:
 class Detector:
     """Teacher, student and autoencoder with all that turns an image into a score and a decision.
 
-    Immutable; :meth:`replaced` gives a changed copy. Predicting is safe from several threads. Changing the networks'
-    weights in place after the first prediction is not noticed: make a new detector.
+    Immutable; :meth:`replaced` gives a changed copy. Predicting is safe from several threads, with the same numbers; and
+    in processes forked from one that predicted, where a CPU computes in one thread. Changing the networks' weights in
+    place after the first prediction is not noticed: make a new detector.
 
     Attributes:
         teacher, student, autoencoder: of one model size and padding, on the CPU. They are put into eval mode, and their
@@ -297,6 +299,7 @@ class Detector:
             require(scaled == (name == "float8"), f"precisions[{name!r}]", expected, "some" if scaled else "none")
         for network in (self.teacher, self.student, self.autoencoder):
             network.eval().requires_grad_(False)
+        _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without plans and lock: a copy, or another process, plans anew."""
@@ -304,6 +307,7 @@ class Detector:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _plans={}, _dtypes={}, _lock=threading.Lock())
+        _alive.add(self)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -760,6 +764,20 @@ class Detector:
             if following is None:
                 return
             before = following
+
+
+_alive: weakref.WeakSet[Detector] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Other threads may have held locks, which nobody would give back: new ones, and on a CPU new plans."""
+    for detector in list(_alive):
+        kept = {key: plan for key, plan in detector._plans.items() if key[0].type != "cpu"}
+        detector.__dict__.update(_plans=kept, _lock=threading.Lock())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,16 @@ _MODES = {"extension": "cpu", "cpu": "cpu", "cuda": "cuda"}
 
 
 @functools.cache
+def mind_forks() -> None:
+    """From now on, forked processes compute in one thread.
+
+    They have none of the threads that the process before them had, and would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+
+
+@functools.cache
 def build_info() -> dict[str, Any] | None:
     """What the build wrote down, or None in a source tree that was never built.
 

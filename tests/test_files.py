@@ -208,7 +208,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_there(full_disk: 
         new_array(full_disk / "features.npy", np.float16, (1000, 1000))
     assert [one.name for one in full_disk.iterdir()] == ["model.safetensors"]
     new_array(full_disk / "features.npy", np.float16, (100, 1000))[:] = 1
-    assert np.load(full_disk / "features.npy").sum() == 100_000
+    assert (np.load(full_disk / "features.npy") == 1).all()
     # The place of an array that has not been written to is taken all the same.
     new_array(full_disk / "zeros.npy", np.float16, (300, 1000))
     with pytest.raises(OutputError):

@@ -43,6 +43,16 @@ _LARGE_PIXELS = 2**26
 
 _large = threading.Lock()
 
+
+def _renew_lock() -> None:
+    global _large
+    _large = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held it, which does not exist in the forked process.
+    os.register_at_fork(after_in_child=_renew_lock)
+
 # What the readers of Pillow's many versions let out on damaged files, where one exception would do.
 _DECODER_FAILURES = (
     ArithmeticError,

@@ -66,7 +66,7 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         DatasetError: ``folder`` is missing, is no folder, cannot be read, or holds no image.
     """
-    images = _find_images(Path(folder))
+    images = find_images(Path(folder))
     if not images:
         raise DatasetError(
             f"{folder}: no images here or in folders below; files that end in "
@@ -75,28 +75,43 @@ def list_images(folder: Path) -> list[Path]:
     return images
 
 
-def _find_images(folder: Path) -> list[Path]:
-    """As :func:`list_images`, but an empty folder is no error."""
+def is_image_name(name: str) -> bool:
+    """Whether :func:`list_images` takes a file of that name: a known suffix, and not hidden."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
+
+
+def find_images(folder: Path, *, skip_unreadable: bool = False) -> list[Path]:
+    """As :func:`list_images`, but an empty folder is no error.
+
+    With ``skip_unreadable``, nor is a folder inside it that cannot be read, or that has gone meanwhile.
+    """
     images: list[Path] = []
     entered: set[tuple[int, int]] = set()
     pending, links = [folder], list[Path]()
     # Links come last, so that a folder is listed under its own path where it has one in here.
     while pending or links:
         current = pending.pop() if pending else links.pop(0)
-        status = _folder_status(current)
-        if (status.st_dev, status.st_ino) in entered:
-            continue
+        try:
+            status = check_folder(current)
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entries = _entries(current)
+        except DatasetError:
+            if skip_unreadable and current != folder:
+                continue
+            raise
         entered.add((status.st_dev, status.st_ino))
-        for entry in _entries(current):
+        for entry in entries:
             path = current / entry.name
             if _is_folder(entry):
                 (links if entry.is_symlink() else pending).append(path)
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
+            elif is_image_name(entry.name):
                 images.append(path)
     return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _folder_status(folder: Path) -> os.stat_result:
+def check_folder(folder: Path) -> os.stat_result:
+    """Its status; refuses, with a :class:`DatasetError`, what is missing, no folder, or may not be looked at."""
     try:
         status = folder.stat()
     except FileNotFoundError as error:
@@ -148,7 +163,7 @@ def open_dataset(root: str | os.PathLike[str]) -> Dataset:
             others as far as folder names tell.
     """
     root = Path(root)
-    _folder_status(root)
+    check_folder(root)
     folders = {entry.name for entry in _entries(root) if _is_folder(entry)}
     if not folders.intersection(_LAYOUT_FOLDERS):
         return Dataset(root, root.resolve().name, _flat_images(root), (), ())
@@ -211,7 +226,7 @@ def _test_images(root: Path) -> tuple[TestImage, ...]:
 
 
 def _defect_images(folder: Path, masks_folder: Path) -> list[TestImage]:
-    defect, images = folder.name, _find_images(folder)
+    defect, images = folder.name, find_images(folder)
     if defect == GOOD or not masks_folder.is_dir():
         return [TestImage(image, defect, ()) for image in images]
     masks = _masks_by_image(masks_folder)
@@ -231,7 +246,7 @@ def _defect_images(folder: Path, masks_folder: Path) -> list[TestImage]:
 def _masks_by_image(folder: Path) -> dict[str, list[Path]]:
     """Masks by the path, relative and without suffix, of the image that they belong to."""
     masks: dict[str, list[Path]] = {}
-    for mask in _find_images(folder):
+    for mask in find_images(folder):
         relative = mask.relative_to(folder)
         masks.setdefault(relative.parent.as_posix(), []).append(mask)
         if relative.stem.endswith(_MASK_ENDING):

@@ -100,6 +100,7 @@ def load() -> None:
     Raises:
         BackendError: the CPU library was built and does not load.
     """
+    native.mind_forks()
     if native.is_built("cpu"):
         load_implementation("cpu")
     library = _define(NAMESPACE)
