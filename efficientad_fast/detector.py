@@ -234,9 +234,9 @@ class _Decoded:
 class Detector:
     """Teacher, student and autoencoder with all that turns an image into a score and a decision.
 
-    Immutable; :meth:`replaced` gives a changed copy. Predicting is safe from several threads, with the same numbers; and
-    in processes forked from one that predicted, where a CPU computes in one thread. Changing the networks' weights in
-    place after the first prediction is not noticed: make a new detector.
+    Immutable; :meth:`replaced` gives a changed copy. Predicting is safe from several threads, with the same numbers,
+    and in processes forked from one that predicted, where a CPU computes in one thread. Changing the networks' weights
+    in place after the first prediction is not noticed: make a new detector.
 
     Attributes:
         teacher, student, autoencoder: of one model size and padding, on the CPU. They are put into eval mode, and their
