@@ -443,9 +443,14 @@ def _same_folder(first: Path, second: Path) -> bool:
     return first.is_dir() and second.is_dir() and first.samefile(second)
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _digest(model: Path) -> str:
+    """Of a detector's file; of all files in the folder where it is one of several."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(model.iterdir()) if model.is_dir() else [model]:
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _write_overlay(
