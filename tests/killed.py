@@ -60,9 +60,10 @@ def finished(work: Callable[[], Any], *, silent: bool = True) -> float:
 
 def killed(work: Callable[[], Any], check: Callable[[], Any], seconds: float, kills: int) -> None:
     moments = random.Random(0)
-    for _ in range(kills):
+    for number in range(kills):
         child = forked(work)
-        time.sleep(moments.uniform(0, seconds))
+        # At random in each part of the time, so that few kills are spread as well.
+        time.sleep((number + moments.random()) / kills * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         finished(check, silent=False)
