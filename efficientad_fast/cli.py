@@ -302,6 +302,7 @@ def predict(
     failed. With --follow each file is predicted once, when nobody writes to it any more; with --out, also after a
     restart.
     """
+    from efficientad_fast import native
     from efficientad_fast.detector import DecodeOptions, Detector, dtype_name
 
     with _told_plainly():
@@ -311,6 +312,7 @@ def predict(
             raise InputError("--restart drops the predictions in a folder: give it with --out.")
         if out is not None and any(_same_folder(out, one) for one in [*(images or ()), *([follow] if follow else ())]):
             raise InputError(f"--out {out} is a folder of images; give another, such as {out / 'results'}.")
+        native.keep_memory_together()
         detector = Detector.load(model)
         options = DecodeOptions(max_value=max_value, apply_exif=apply_exif)
         computed = detector.dtype_on(device, _dtype(dtype))

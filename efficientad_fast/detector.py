@@ -449,6 +449,9 @@ class Detector:
             )
         try:
             facts = json.loads(metadata["detector"])
+            tables = [facts["provenance"], *(one["provenance"] for one in facts.get("precisions", {}).values())]
+            if not isinstance(facts["padding"], bool) or not all(isinstance(one, dict) for one in tables):
+                raise ValueError("padding must be true or false, and provenance a table")
             networks = _empty_networks(facts["model_size"], facts["out_channels"], padding=facts["padding"])
             for name, network in networks.items():
                 prefix = f"{name}."
@@ -477,7 +480,15 @@ class Detector:
                 # Files of before there were any have none.
                 precisions=_stored_precisions(facts.get("precisions", {}), tensors),
             )
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            StopIteration,
+        ) as error:
             raise DetectorFileError(
                 f"{path} says it is a detector of this package, but its content is not: {error}. "
                 "Copy or train it again."

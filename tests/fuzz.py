@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import io
 import json
+import os
 import random
 import signal
 import sys
@@ -262,7 +263,8 @@ def watch_events(folder: Path) -> None:
 
     def event(name: str, arguments: tuple[Any, ...]) -> None:
         written = name == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        outside = written and not str(arguments[0]).startswith((str(folder), "/dev/"))
+        written = written or (name == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)))
+        outside = written and not os.path.abspath(str(arguments[0])).startswith((f"{folder}/", "/dev/"))  # noqa: PTH100
         if name.startswith(FORBIDDEN) or outside:
             raise AssertionError(f"a reader did {name} {arguments}")
 

@@ -27,7 +27,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import efficientad_fast
-from efficientad_fast import Detector, cli
+from efficientad_fast import Detector, cli, native
 from efficientad_fast.errors import ImageError
 from tests.small_detector import small_detector
 
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000, help="predictions in all")
     parser.add_argument("--warm", type=int, default=500, help="predictions before memory is looked at")
     options = parser.parse_args()
+    native.keep_memory_together()
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder))
         done, told = 0, 0.0

@@ -120,6 +120,34 @@ def test_loading_refuses_a_file_with_a_missing_tensor_or_field(tmp_path: Path) -
         Detector.load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"padding": None},
+        {"padding": -1},
+        {"padding": [1]},
+        {"provenance": []},
+        {"provenance": "x"},
+        {"threshold": 10**400},
+        {"quantiles": {"st_start": 10**400, "st_end": 1, "ae_start": 0, "ae_end": 1}},
+        {"precisions": []},
+        {"precisions": {"float16": {"quantiles": None, "threshold": 1, "activations": None, "provenance": []}}},
+        {"preprocessing": []},
+        {"model_size": {}},
+        {"out_channels": 10**30},
+        {"out_channels": 2**31},
+    ],
+    ids=str,
+)
+def test_loading_refuses_a_description_that_makes_no_sense(tmp_path: Path, change: dict[str, object]) -> None:
+    path = small_detector().save(tmp_path / "m.safetensors")
+    tensors, metadata = read_tensors(path)
+    facts = {**json.loads(metadata["detector"]), **change}
+    write_tensors(path, tensors, {**metadata, "detector": json.dumps(facts)})
+    with pytest.raises(DetectorFileError, match=r"m\.safetensors says it is a detector"):
+        Detector.load(path)
+
+
 def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path: Path) -> None:
     path = small_detector(threshold=1.0).save(tmp_path / "m.safetensors")
     code = (

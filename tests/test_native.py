@@ -569,3 +569,17 @@ def test_kernels_of_lesser_processors(level: str) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"[1-9]\d* passed", result.stdout)
+
+
+def test_memory_is_kept_together_where_the_system_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Glibc:
+        @staticmethod
+        def mallopt(option: int, value: int) -> int:
+            return asked.append((option, value)) or 1
+
+    for library in (Glibc(), object()):
+        monkeypatch.setattr(native.ctypes, "CDLL", lambda name, library=library: library)
+        native.keep_memory_together()
+    assert asked == [(-8, 2)]
