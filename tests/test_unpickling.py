@@ -25,13 +25,14 @@ from typing import Any
 
 import pytest
 import torch
+from anomalib_networks import EfficientAdModel, checkpoint, with_numbers
 from fork_networks import pdn_small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from efficientad_fast import Detector
-from efficientad_fast.errors import DetectorFileError
-from efficientad_fast.interop import reading, unpickling
+from efficientad_fast.errors import DetectorFileError, InputError
+from efficientad_fast.interop import anomalib, reading, unpickling
 from efficientad_fast.interop.reading import TensorRecord, open_torch_file
 from efficientad_fast.interop.unpickling import Name, Record, read_pickle
 from efficientad_fast.weights import load_teacher
@@ -226,12 +227,16 @@ def _read(data: bytes) -> Any:
 
 
 def test_plain_data_is_what_pickle_makes_of_it() -> None:
-    plain = {"a": [1, 2.5, None, True, -(2**70)], ("b", 1): (b"c", "d", ()), 3: {"e": [[]]}, None: 10**30}
+    plain = {"a": [1, 2.5, None, True, -(2**70)], "b": (b"c", "d", ()), 3: {"e": [[]]}, None: 10**30}
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         if protocol >= 3:  # before, bytes are made by calling a function
             assert _read(pickle.dumps(plain, protocol)) == plain
         simple = {"a": [1, 2.5, None, True, -(2**70)], "e": ([[]], ())}
         assert _read(pickle.dumps(simple, protocol)) == simple
+
+
+def test_entries_whose_keys_take_time_to_hash_are_left_out() -> None:
+    assert _read(pickle.dumps({"a": 1, (1, 2): 2, 2**60: 3, 1.5: 4, float("nan"): 5}, 2)) == {"a": 1, 1.5: 4}
 
 
 def test_objects_are_records_of_how_they_would_have_been_made() -> None:
@@ -246,6 +251,16 @@ def test_objects_are_records_of_how_they_would_have_been_made() -> None:
 # Growth and time
 
 
+def _number(value: int) -> bytes:
+    data = value.to_bytes(16, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def _keys_of_one_hash(count: int, form: Callable[[int], bytes]) -> bytes:
+    """Python hashes whole numbers by their remainder of this prime."""
+    return b"\x80\x02}(" + b"".join(form(index * (2**61 - 1)) for index in range(1, count)) + b"u."
+
+
 def _tuples_of_tuples(depth: int) -> bytes:
     """A tuple of twice the same tuple of twice the same ..., as the key of a dictionary."""
     return b"\x80\x02}K\x01\x85" + b"2\x86" * depth + b"K\x01s."
@@ -253,6 +268,12 @@ def _tuples_of_tuples(depth: int) -> bytes:
 
 BOMBS: dict[str, bytes] = {
     "a key that takes forever to hash": _tuples_of_tuples(60),
+    "keys of one hash": _keys_of_one_hash(100_000, lambda key: _number(key) + b"N"),
+    "places in the memo of one hash": b"\x80\x02N"
+    + b"".join(b"p%d\n" % (index * (2**61 - 1)) for index in range(100_000))
+    + b".",
+    "a persistent id that is too deep to show": b"\x80\x02" + b"(" + b"]" * 100_000 + b"a" * 99_999 + b"NNNNtQ.",
+    "a key that is too deep to show": b"\x80\x02}cos\nsystem\n" + b")R" * 100_000 + b"Ns.",
     "a place in the memo that is far away": b"\x80\x02K\x01r\xff\xff\xff\x7fj\xff\xff\xff\x7f.",
     "lists in lists in lists": b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".",
     "tuples in tuples in tuples": b"\x80\x02K\x01" + b"\x85" * 300_000 + b".",
@@ -379,9 +400,13 @@ def _tensor_pickle(numel: int, offset: int, size: tuple[int, ...], stride: tuple
         (4, 0, (0, 2**62), (1, 1)),
         (4, 0, (1,) * 9, (1,) * 9),
         (8, 0, (8,), (1,)),
+        (4, 0, (10**5000,), (1,)),
+        (10**5000, 0, (4,), (1,)),
+        (4, 0, (1,) * 100_000, (1,) * 100_000),
         (-4, 0, (4,), (1,)),
         (True, 0, (1,), (1,)),
     ],
+    ids=lambda value: type(value).__name__,
 )
 def test_shapes_that_the_file_has_no_numbers_for_are_refused(
     tmp_path: Path, numel: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
@@ -476,6 +501,84 @@ def test_damaged_bytes_are_refused_or_read(tmp_path: Path, whole_files: dict[str
     path.write_bytes(content)
     with pytest.raises(DetectorFileError):
         load_teacher(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": "a" * 1_000_000},
+        {"groups": 0},
+        {"groups": 10**5000},
+        {"padding": 10**5000},
+        {"padding": (1,) * 100_000},
+        {"padding": {"deep": []}},
+        {"padding_mode": "a" * 100_000},
+        {"stride": None},
+        {"_parameters": None},
+        {"_parameters": {"weight": 3}},
+        {"dilation": "one"},
+    ],
+    ids=lambda change: f"{next(iter(change))} {type(next(iter(change.values())))!s}",
+)
+def test_settings_that_no_layer_has_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    network = pdn_small(6)
+    network[3].__dict__.update(change)
+    path = tmp_path / "model.pth"
+    torch.save(network, path)
+    with harmless(tmp_path), pytest.raises(DetectorFileError) as caught:
+        load_teacher(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_more_layers_than_a_network_has_are_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(3000))), path)
+    with harmless(tmp_path), pytest.raises(DetectorFileError, match="no network"):
+        load_teacher(path)
+
+
+_ODD = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**70), 2**70),
+        st.integers(3000, 4000).map(lambda digits: 10**digits),
+        st.floats(),
+        st.text(max_size=3),
+        st.just("x" * 100_000),
+        st.builds(lambda: Record(Name("os", "system"), ("touch",))),
+        st.builds(lambda: TensorRecord(reading.StorageRecord("0", None, 3), 0, (3,), (1,))),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    content = with_numbers(checkpoint(EfficientAdModel(2)), _image_threshold=1.5, image_min=1.0, image_max=2.0)
+    path = tmp_path_factory.mktemp("calibrated") / "model.ckpt"
+    torch.save(content, path)
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_checkpoints_that_say_odd_things_are_refused_or_read(calibrated: Path, data: st.DataObject) -> None:
+    with open_torch_file(calibrated) as file:
+        place = file.value
+        # Somewhere in what is not a weight.
+        names = [name for name in place if name != "state_dict"]
+        name = data.draw(st.sampled_from(names))
+        while isinstance(place[name], dict | list) and place[name] and data.draw(st.booleans()):
+            place = place[name]
+            name = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place)))))
+        place[name] = data.draw(_ODD)
+        state = anomalib.state_of(file)
+        assert state is not None
+        with suppress(DetectorFileError, InputError):
+            parts = anomalib.read_parts(file, state, None, padding=None, pad_maps=None)
+            assert all(len(note) < 1000 for note in parts.notes)
 
 
 _INSTRUCTIONS = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]

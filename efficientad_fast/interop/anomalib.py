@@ -16,12 +16,15 @@ from efficientad_fast.detector import Preprocessing
 from efficientad_fast.errors import InputError
 from efficientad_fast.interop.networks import PADDING, SIZE, Parts, autoencoder, patch_description_network, tensors_of
 from efficientad_fast.interop.reading import TensorRecord, TorchFile
-from efficientad_fast.interop.unpickling import Record
+from efficientad_fast.interop.unpickling import Record, shown
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
 
 DEFAULT_SIZE = (256, 256)
 """What ``EfficientAd`` resizes to where it is not told otherwise."""
+
+LARGEST_SIDE = 8192
+"""Of the images that a checkpoint may ask for."""
 
 
 def state_of(file: TorchFile) -> dict[str, TensorRecord] | None:
@@ -142,7 +145,7 @@ def _threshold(
     if math.isnan(threshold) and (math.isnan(low) or math.isnan(high)):
         return None
     sensitivity = config.get("image_sensitivity", 0.5)
-    sensitivity = float(sensitivity) if isinstance(sensitivity, int | float) else 0.5
+    sensitivity = float(sensitivity) if isinstance(sensitivity, int | float) and 0 <= sensitivity <= 1 else 0.5
     normalises = config.get("enable_normalization", True) is True
     if not normalises or math.isnan(low) or math.isnan(high):
         return 1 - sensitivity
@@ -174,20 +177,24 @@ def _preprocessing(checkpoint: Mapping[Any, Any], hyper: Mapping[Any, Any]) -> P
     else:
         return Preprocessing(DEFAULT_SIZE)
     if [kind for kind, _ in transforms] != ["Resize"]:
-        raise _OtherPreprocessing(f"it is {', '.join(kind for kind, _ in transforms) or 'nothing'}")
+        raise _OtherPreprocessing(f"it is {', '.join(shown(kind) for kind, _ in transforms[:9]) or 'nothing'}")
     settings = transforms[0][1]
     size, interpolation = settings.get("size"), settings.get("interpolation", "bilinear")
     if isinstance(interpolation, Record):
         interpolation = interpolation.arguments[0] if interpolation.arguments else None
-    is_pair = isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int for side in size)
+    is_pair = isinstance(size, list | tuple) and len(size) == 2 and all(map(_is_side, size))
     if not is_pair or interpolation != "bilinear" or settings.get("antialias", True) is not True:
         names = ("size", "interpolation", "antialias")
-        shown = ", ".join(f"{name}={settings[name]}" for name in names if name in settings)
-        raise _OtherPreprocessing(f"it is a Resize of {shown}")
+        told = ", ".join(f"{name}={shown(settings[name])}" for name in names if name in settings)
+        raise _OtherPreprocessing(f"it is a Resize of {told}")
     try:
         return Preprocessing(tuple(cast(Any, size)))
     except InputError as error:
         raise _OtherPreprocessing(str(error)) from error
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_SIDE
 
 
 _Transform = tuple[str, Mapping[Any, Any]]
@@ -197,7 +204,8 @@ _Transform = tuple[str, Mapping[Any, Any]]
 def _described(spec: Any) -> _Transform:
     """Of what anomalib writes from 2.7 on."""
     spec = _dictionary(spec)
-    return str(spec.get("class_path", "nothing")).rpartition(".")[2], _dictionary(spec.get("init_args"))
+    path = spec.get("class_path")
+    return path.rpartition(".")[2] if isinstance(path, str) else "nothing", _dictionary(spec.get("init_args"))
 
 
 def _recorded(value: Any) -> _Transform:
@@ -215,4 +223,5 @@ def _flat(transform: _Transform) -> list[_Transform]:
     if kind != "Compose":
         return [transform]
     inner = settings.get("transforms")
-    return [_recorded(one) if isinstance(one, Record) else _described(one) for one in inner or ()][:100]
+    several = inner[:100] if isinstance(inner, list | tuple) else ()
+    return [_recorded(one) if isinstance(one, Record) else _described(one) for one in several]

@@ -180,13 +180,13 @@ def read_supplied(path: Path) -> Supplied:
     else:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, RecursionError, ValueError) as error:
             raise DetectorFileError(f"{path} is neither JSON nor written by torch.save ({error}).") from error
     if not isinstance(values, dict) or not values or not set(values) <= set(known):
         raise InputError(f"{path} must hold some of {', '.join(known)}, and nothing else.")
     try:
         numbers = {name: torch.as_tensor(value, dtype=torch.float64).flatten() for name, value in values.items()}
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} must hold numbers, lists of numbers or tensors: {error}") from error
     present = [name in numbers for name in _QUANTILES]
     if any(present) and not all(present):

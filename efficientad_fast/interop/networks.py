@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from efficientad_fast.detector import Preprocessing
 from efficientad_fast.errors import DetectorFileError
 from efficientad_fast.interop.reading import TensorRecord, TorchFile
-from efficientad_fast.interop.unpickling import Record
+from efficientad_fast.interop.unpickling import Record, shown
 from efficientad_fast.reference.maps import MapConvention, Quantiles
 from efficientad_fast.reference.networks import Autoencoder, ModelSize, PatchDescriptionNetwork
 
 _CONVOLUTIONS: dict[int, ModelSize] = {4: "s", 6: "m"}
 """How many the patch description networks have."""
+
+_MOST_LAYERS = 64
+"""Of an autoencoder with all its activations and dropout layers there are 39."""
 
 _AUTOENCODER = [*(f"encoder.enconv{n}" for n in range(1, 7)), *(f"decoder.deconv{n}" for n in range(1, 9))]
 
@@ -133,19 +136,23 @@ def _is_sequential(state: Mapping[str, TensorRecord]) -> bool:
 def _unknown(file: TorchFile) -> DetectorFileError:
     value = file.value
     if isinstance(value, dict):
-        held = f"a dictionary of {', '.join(map(str, list(value)[:4])) or 'nothing'}"
+        names = ", ".join(map(shown, list(value)[:4])) or "nothing"
+        held = f"a dictionary of {names}{' ...' if len(value) > 4 else ''}"
     else:
-        held = f"a {value.kind}" if isinstance(value, Record) else f"a {type(value).__name__}"
+        held = shown(value)
     return DetectorFileError(
-        f"{file.source} holds {held}{' ...' if isinstance(value, dict) and len(value) > 4 else ''}, and no network of "
-        "EfficientAD. Expected are a state dict or a pickled nn.Sequential of the widely used PyTorch implementation, "
-        "anomalib's teacher, or anomalib's Lightning checkpoint (.ckpt)."
+        f"{file.source} holds {held}, and no network of EfficientAD. Expected are a state dict or a pickled "
+        "nn.Sequential of the widely used PyTorch implementation, anomalib's teacher, or anomalib's Lightning "
+        "checkpoint (.ckpt)."
     )
 
 
 def _filled(file: TorchFile, state: Mapping[str, TensorRecord], build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        built = build()
+    try:
+        with torch.device("meta"):
+            built = build()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _unknown(file) from error
     expected = {name: tuple(one.shape) for name, one in built.state_dict().items()}
     found = {name: one.size for name, one in state.items()}
     if found != expected:
@@ -170,7 +177,7 @@ def _weights(file: TorchFile, record: TensorRecord) -> Tensor:
 
 def _sequential(file: TorchFile, record: Record) -> nn.Sequential:
     children = record.attributes.get("_modules")
-    if record.kind != "Sequential" or not isinstance(children, dict):
+    if record.kind != "Sequential" or not isinstance(children, dict) or len(children) > _MOST_LAYERS:
         raise _unknown(file)
     return nn.Sequential(*(_layer(file, child) for child in children.values()))
 
@@ -178,14 +185,14 @@ def _sequential(file: TorchFile, record: Record) -> nn.Sequential:
 def _layer(file: TorchFile, record: Any) -> nn.Module:
     make = _LAYERS.get(record.kind) if isinstance(record, Record) else None
     if make is None:
-        kind = record.kind or "thing of its own" if isinstance(record, Record) else type(record).__name__
         raise DetectorFileError(
-            f"{file.source} holds a {kind}, which none of the three networks has. Expected are {', '.join(_LAYERS)}."
+            f"{file.source} holds {shown(record)}, which none of the three networks has. Expected are "
+            f"{', '.join(_LAYERS)}."
         )
     attributes = record.attributes
     try:
         return make(file, attributes)
-    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, DetectorFileError):
             raise
         raise DetectorFileError(f"{file.source} holds a {record.kind} that is damaged ({error}).") from error
@@ -198,7 +205,9 @@ def _convolution(file: TorchFile, attributes: Mapping[str, Any]) -> nn.Module:
         if name in ("weight", "bias") and isinstance(one, TensorRecord)
     }
     outputs, inputs = parameters["weight"].shape[:2]
-    groups = attributes["groups"]
+    groups = _plain(attributes["groups"])
+    if not isinstance(groups, int):
+        raise ValueError("groups that are no number")
     with torch.device("meta"):
         layer = nn.Conv2d(
             inputs * groups,
@@ -209,7 +218,7 @@ def _convolution(file: TorchFile, attributes: Mapping[str, Any]) -> nn.Module:
             _plain(attributes["dilation"]),
             groups,
             bias="bias" in parameters,
-            padding_mode=attributes["padding_mode"],
+            padding_mode=_plain(attributes["padding_mode"]),
         )
     for name, parameter in parameters.items():
         setattr(layer, name, parameter)
@@ -229,8 +238,9 @@ def _upsample(file: TorchFile, attributes: Mapping[str, Any]) -> nn.Module:
 def _plain(setting: Any) -> Any:
     """Of a layer: a number, a word, or a pair of numbers."""
     flat = setting if isinstance(setting, tuple | list) else (setting,)
-    if not all(isinstance(one, int | float | str | None) for one in flat):
-        raise ValueError("a setting that is neither a number nor a word")
+    is_small = all(one is None or (isinstance(one, int | float) and abs(one) < 2**31) for one in flat)
+    if len(flat) > 4 or not (is_small or (isinstance(setting, str) and len(setting) < 40)):
+        raise ValueError("a setting that no layer has")
     return setting
 
 

@@ -98,7 +98,7 @@ class TorchFile:
             raise DetectorFileError(f"{what} is not laid out as weights are. Save it after .contiguous().")
         numel = math.prod(size)
         last = record.offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
-        if record.offset < 0 or (numel and last >= storage.numel):
+        if numel and last >= storage.numel:
             raise DetectorFileError(f"{what} is larger than its storage of {storage.numel} numbers: it is damaged.")
         if numel == 0:
             return torch.empty(0, dtype=storage.dtype).reshape(size)
@@ -276,15 +276,19 @@ def _storage(value: Any) -> StorageRecord:
 
 
 def _integers(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple | list) or not all(type(one) is int for one in values):
-        raise ValueError("a size that is no list of whole numbers")
+    if not isinstance(values, tuple | list) or len(values) > 8 or not all(map(_is_count, values)):
+        raise ValueError("a size that is none")
     return tuple(values)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
 
 
 def _persistent(identity: Any) -> StorageRecord:
     tag, kind, key, _, numel = identity[:5]
-    if tag != "storage" or not isinstance(key, str) or type(numel) is not int or numel < 0:
-        raise ValueError(f"a persistent id that is no storage: {tag!r}")
+    if tag != "storage" or not isinstance(key, str) or not _is_count(numel):
+        raise ValueError("a persistent id that is no storage")
     dtype = _DTYPES.get(kind.name) if isinstance(kind, Name) else None
     return StorageRecord(key, dtype, numel)
 
@@ -329,7 +333,7 @@ _REBUILD: dict[Name, Rebuild] = {
 
 def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether no two elements are in one place, in whatever order the dimensions are: not expanded, not unfolded."""
-    if len(size) != len(stride) or len(size) > 8 or any(not 0 <= side < 2**40 for side in size):
+    if len(size) != len(stride):
         return False
     behind = 0  # the last element's place, of the dimensions that are closer together
     for step, side in sorted(zip(stride, size, strict=True)):
