@@ -36,6 +36,9 @@ except ImportError:
 with _instrumented:
     from PIL import Image
 
+    # Its readers are modules as well.
+    Image.init()
+
     from efficientad_fast import Detector
     from efficientad_fast.data import decode
     from efficientad_fast.errors import EfficientADError, ImageError, InputError
