@@ -43,6 +43,7 @@ with _instrumented:
     from efficientad_fast.data import decode
     from efficientad_fast.errors import EfficientADError, ImageError, InputError
     from efficientad_fast.files import read_tensors, write_tensors
+    from efficientad_fast.interop import loading  # noqa: F401  imported when it is needed, else
     from efficientad_fast.training.state import read_state
     from efficientad_fast.weights import load_teacher
 

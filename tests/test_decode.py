@@ -329,6 +329,21 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             decode_image(path)
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_permission_denied_to_another_user(tmp_path: Path) -> None:
+    path = saved(tmp_path / "image.png", Image.fromarray(colours()))
+    path.chmod(0)
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            decode_image(path)
+        except ImageError as error:
+            os._exit(0 if "permission denied; allow" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_decompression_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "bomb.png", Image.new("L", (100, 100)))
     monkeypatch.setattr(decode, "MAX_PIXELS", 9999)

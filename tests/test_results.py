@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from efficientad_fast import Detector, Prediction, cli
 from efficientad_fast.data.arrivals import FileVersion, file_version
 from efficientad_fast.errors import ImageError, InputError, OutputError
+from efficientad_fast.files import printable
 from efficientad_fast.results import FIELDS, Results
 from tests.small_detector import small_detector
 
@@ -292,6 +293,44 @@ def test_a_folder_of_results_inside_that_of_the_images_is_no_image(model: Path, 
         assert len(table(out)) == 4 and len(list(out.glob("*.png"))) == 4
     result = run("predict", model, images, "--out", images)
     assert result.exit_code == 2 and "is a folder of images" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_folder_of_everything_has_a_row_for_each(model: Path, images: Path, tmp_path: Path, batch_size: int) -> None:
+    whole = (images / "0.png").read_bytes()
+    for name, content in {"cut.png": whole[:300], "empty.png": b"", "text.png": b"no image"}.items():
+        (images / name).write_bytes(content)
+    os.mkfifo(images / "pipe.png")
+    (images / "loop.png").symlink_to(images / "loop.png")
+    (images / "nowhere.png").symlink_to(images / "gone")
+    (images / "link.png").symlink_to(images / "0.png")
+    (images / "around").symlink_to(images)
+    odd = ["a b.png", "a\nb.png", "\udcff.png", "=1+1.png", "[red].png", "'\"`.png"]
+    for name in odd:
+        (images / name).write_bytes(whole)
+    out = tmp_path / "out"
+    result = run("predict", model, images, tmp_path / "absent.png", "--out", out, "--batch-size", batch_size)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    rows = {Path(row["path"]).name: row for row in table(out)}
+    reasons = {
+        "cut.png": "truncated",
+        "empty.png": "empty",
+        "text.png": "not an image",
+        "pipe.png": "pipe",
+        "loop.png": "not a usable path",
+        "nowhere.png": "no such file",
+        "absent.png": "no such file",
+    }
+    good = {*(f"{number}.png" for number in range(4)), "link.png", *map(printable, odd)}
+    assert rows.keys() == good | reasons.keys()
+    assert all(reason in rows[name]["error"] for name, reason in reasons.items())
+    assert not any(rows[name]["error"] for name in good)
+    assert len(result.stdout.splitlines()) == len(good)
+    assert f"{len(reasons)} of {len(rows)} images failed" in result.stderr
+    # What had failed is tried again, and fails again; nothing is there twice.
+    assert run("predict", model, images, tmp_path / "absent.png", "--out", out).exit_code == 1
+    assert sorted(row["path"] for row in table(out)) == sorted(row["path"] for row in rows.values())
 
 
 @pytest.mark.parametrize(
