@@ -409,7 +409,8 @@ def _follow(
     try:
         errors.print(f"following {escape(str(folder))}; Ctrl-C ends it.", soft_wrap=True)
         for ready in arrivals:
-            for arrival, prediction in zip(ready, stream([one.path for one in ready]), strict=True):
+            predictions = stream([one.path for one in ready]) if ready else ()
+            for arrival, prediction in zip(ready, predictions, strict=True):
                 version = file_version(arrival.path)
                 unfinished = prediction.error is not None and arrivals.may_be_unfinished(arrival)
                 if version != arrival.version or unfinished:
