@@ -262,6 +262,13 @@ inline constexpr int kStemRows = 4, kStemColumns = 16;  // of a tile, pooled
 inline constexpr int kStemImageRows = 2 * kStemRows + kStemKernel - 1;
 inline constexpr int kStemImageColumns = 2 * kStemColumns + kStemKernel - 1;
 inline constexpr int kStemPixelBytes = 2 * kStemChannels;
+inline constexpr int kStemRun = 8;  // outputs of a thread that are next to each other
+// Biases are not below the opposite of this, so that four times as much is finite.
+inline constexpr float kStemLargestBias = 4.0e37f;
+#ifndef EFFICIENTAD_FAST_STEM_BLOCKS
+#define EFFICIENTAD_FAST_STEM_BLOCKS 2
+#endif
+inline constexpr int kStemBlocks = EFFICIENTAD_FAST_STEM_BLOCKS;  // of a multiprocessor
 
 struct StemTiles {
   int rows, columns, count;  // of an image; of all
@@ -316,18 +323,88 @@ __device__ __forceinline__ void load_stem_tile(unsigned char* to, const ConvPool
   }
 }
 
-template <Number kNumber>
-__global__ void __launch_bounds__(kStemThreads) conv_pool_stem(const ConvPool p) {
-  __shared__ __align__(16) unsigned char pixels[2 * kStemImageRows * kStemImageColumns * kStemPixelBytes];
+// Each pixel and that to its right, as a lane multiplies them: channels 0 and 1 of both, then 2 and 3 of both.
+__device__ __forceinline__ void pair_stem_pixels(uint4* pairs, const unsigned char* pixels) {
+  for (int i = threadIdx.x; i < kStemImageRows * kStemImageColumns - 1; i += kStemThreads) {
+    const auto* const pixel = reinterpret_cast<const uint2*>(pixels) + i;
+    const uint2 left = pixel[0], right = pixel[1];
+    pairs[i] = make_uint4(left.x, right.x, left.y, right.y);
+  }
+}
+
+// Eight neighbouring outputs of a quad: the means of the rectified sums. With scales `first` holds them and `second` the
+// biases. Without, the bias b is taken out of sum and mean: relu(s + b) = max(s, -b) + b, for four numbers at once and
+// never below zero, since each addition is as monotonic as what it rounds; `first` holds what sums are at least, and
+// `second` b.
+template <bool kScaled>
+__device__ __forceinline__ void average_stem(float (&means)[kStemRun], const float (*upper)[4], const float (*lower)[4],
+                                             const float* first, const float* second, float floor) {
+  float ones[kStemRun], others[kStemRun];
+#pragma unroll
+  for (int i = 0; i < kStemRun; i += 4) {
+    const float4 one = *reinterpret_cast<const float4*>(first + i), other = *reinterpret_cast<const float4*>(second + i);
+    ones[i] = one.x, ones[i + 1] = one.y, ones[i + 2] = one.z, ones[i + 3] = one.w;
+    others[i] = other.x, others[i + 1] = other.y, others[i + 2] = other.z, others[i + 3] = other.w;
+  }
+#pragma unroll
+  for (int i = 0; i < kStemRun; ++i) {
+    const auto of = [&](float sum) {
+      return kScaled ? larger(__fmaf_rn(sum, ones[i], others[i]), floor) : larger(sum, ones[i]);
+    };
+    const float above = of(upper[i / 2][i % 2]) + of(upper[i / 2][2 + i % 2]);
+    const float below = of(lower[i / 2][i % 2]) + of(lower[i / 2][2 + i % 2]);
+    means[i] = kScaled ? 0.25f * (above + below) : __fmaf_rn(0.25f, above + below, others[i]);
+  }
+}
+
+template <Number kOut>
+__device__ __forceinline__ void store_stem(unsigned char* to, const float (&means)[kStemRun]) {
+  constexpr int kOfWord = 4 / bytes_of(kOut), kWords = kStemRun / kOfWord;
+  unsigned words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    words[i] = word_of<kOut>(means + i * kOfWord);
+  }
+  if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      reinterpret_cast<uint4*>(to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+    }
+  }
+}
+
+// Each half of a part's outputs is multiplied while the half before, in other registers, is averaged and written.
+template <Number kNumber, Number kOut, bool kScaled>
+__global__ void __launch_bounds__(kStemThreads, kStemBlocks) conv_pool_stem(const ConvPool p) {
   constexpr int kTileBytes = kStemImageRows * kStemImageColumns * kStemPixelBytes;
+  __shared__ __align__(16) unsigned char pixels[kTileBytes];
+  __shared__ uint4 pairs[kStemImageRows * kStemImageColumns];
+  __shared__ __align__(16) float statistics[2][kStemOutputs];  // as average_stem has them
   const StemTiles tiles(p.made);
   const bool wide = is_wide_stem(p.convolution);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int first_output = blockIdx.y * kStemOutputs + threadIdx.x / 32 * kWarpOutputs;
+  const int warp_output = static_cast<int>(threadIdx.x) / 32 * kWarpOutputs;
+  load_stem_tile(pixels, p, tiles[blockIdx.x], wide);
+  commit_copies();
+  const float floor = floor_of(p);
+  for (int i = threadIdx.x; i < kStemOutputs; i += kStemThreads) {
+    const int output = blockIdx.y * kStemOutputs + i;
+    const bool there = output < p.group_outputs;
+    const float scale = there && p.scale != nullptr ? p.scale[output] : 1.0f;
+    float bias = there && p.bias != nullptr ? p.bias[output] : 0.0f;
+    if constexpr (!kScaled) {
+      bias = bias < -kStemLargestBias ? -kStemLargestBias : bias;
+    }
+    statistics[0][i] = kScaled ? scale : p.relu ? -bias : floor;
+    statistics[1][i] = bias;
+  }
+  const int first_output = blockIdx.y * kStemOutputs + warp_output;
   unsigned weights[kStemKernel][kOutputTiles][2];
 #pragma unroll
   for (int j = 0; j < kOutputTiles; ++j) {
-    const int output = first_output + output_of_column(8 * j + g, run_of(p.out_number));
+    const int output = first_output + output_of_column(8 * j + g, kStemRun);
     const auto* const of_output = static_cast<const unsigned char*>(p.convolution.weights) +
                                   int64_t{output} * (kStemKernel * kStemKernel * 2 * p.convolution.channels);
 #pragma unroll
@@ -340,53 +417,114 @@ __global__ void __launch_bounds__(kStemThreads) conv_pool_stem(const ConvPool p)
     }
   }
 
-  int buffer = 0;
-  load_stem_tile(pixels, p, tiles[blockIdx.x], wide);
-  commit_copies();
-  for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x, buffer ^= 1) {
-    if (const int next = tile + gridDim.x; next < tiles.count) {
-      load_stem_tile(pixels + (buffer ^ 1) * kTileBytes, p, tiles[next], wide);
+  Sums<2> sums = {};
+  const float* const own_statistics = statistics[0] + warp_output + t * kStemRun;
+  const int own_output = first_output + t * kStemRun;
+  const int64_t pixel_bytes = int64_t{p.group_outputs} * bytes_of(kOut);
+  auto* const own_out = static_cast<unsigned char*>(p.out) + int64_t{own_output} * bytes_of(kOut);
+  // Of the quad in `sums`.
+  unsigned char* to = own_out;
+  bool there = false;
+  unsigned inside = 15;
+  // Sums of pixels that the convolution does not make, such that they add nothing.
+  const auto leave_out = [&](int half) {
+    if (p.made.pool_padding > 0 && inside != 15) {
+#pragma unroll
+      for (int i = 0; i < kStemRun; ++i) {
+        const int j = half * (kOutputTiles / 2) + i / 2;
+        const float* const first = own_statistics + half * (4 * kStemRun) + i;
+        // Zero, scaled: what is not a number where both are zero is not one of those that there are.
+        const float nothing = kScaled ? 0.0f : -first[kStemOutputs];
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& sum = sums[v][j][2 * h + i % 2];
+            sum = (inside >> (2 * v + h) & 1u) != 0 ? sum : nothing;
+          }
+        }
+      }
     }
-    commit_copies();
-    wait_for_copies<1>();
+  };
+  const auto write = [&](auto which) {
+    constexpr int kHalf = decltype(which)::value, kFirst = kHalf * (kOutputTiles / 2);
+    const float* const first = own_statistics + kHalf * (4 * kStemRun);
+    float means[kStemRun];
+    average_stem<kScaled>(means, sums[0] + kFirst, sums[1] + kFirst, first, first + kStemOutputs, floor);
+    const int output = own_output + kHalf * (4 * kStemRun), count = p.group_outputs - output;
+    unsigned char* const place = to + kHalf * (4 * kStemRun * bytes_of(kOut));
+    if (p.wide_stores && count >= kStemRun) {
+      if (there) {
+        store_stem<kOut>(place, means);
+      }
+    } else if (there) {
+#pragma unroll
+      for (int i = 0; i < kStemRun; ++i) {
+        if (i < count) {
+          store_number<kOut>(place, i, means[i]);
+        }
+      }
+    }
+  };
+  using LowerHalf = std::integral_constant<int, 0>;
+  using UpperHalf = std::integral_constant<int, 1>;
+
+  for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    wait_for_copies<0>();
     __syncthreads();
+    pair_stem_pixels(pairs, pixels);
+    __syncthreads();
+    if (const int next = tile + gridDim.x; next < tiles.count) {
+      load_stem_tile(pixels, p, tiles[next], wide);
+      commit_copies();
+    }
     const Place place = tiles[tile];
 #pragma unroll 1
     for (int part = 0; part < kStemRows * kStemColumns / 8; ++part) {
       const int row = part / (kStemColumns / 8), column = part % (kStemColumns / 8) * 8 + g;
-      Sums<2> sums = {};
-      const unsigned char* const first =
-          pixels + buffer * kTileBytes + (2 * row * kStemImageColumns + 2 * column + t) * kStemPixelBytes;
-      uint2 four[kStemKernel + 1][2];  // by row of the image; for the left and right pixels of quads
+      const uint4* const first = pairs + 2 * row * kStemImageColumns + 2 * column + t;
+      uint4 four[kStemKernel + 1];  // by row of the image
 #pragma unroll
       for (int y = 0; y <= kStemKernel; ++y) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          four[y][h] = *reinterpret_cast<const uint2*>(first + (y * kStemImageColumns + h) * kStemPixelBytes);
-        }
+        four[y] = first[y * kStemImageColumns];
       }
+      const auto multiply_half = [&](int first_tile) {
 #pragma unroll
-      for (int s = 0; s < kStemKernel; ++s) {
+        for (int v = 0; v < 2; ++v) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const unsigned rows[4] = {four[s][h].x, four[s + 1][h].x, four[s][h].y, four[s + 1][h].y};
+          for (int j = first_tile; j < first_tile + kOutputTiles / 2; ++j) {
 #pragma unroll
-          for (int j = 0; j < kOutputTiles; ++j) {
-            multiply_add<kProductOfNumber<kNumber>>(sums[h][j], rows, weights[s][j]);
+            for (int k = 0; k < 4; ++k) {
+              sums[v][j][k] = 0;
+            }
           }
         }
-      }
+#pragma unroll
+        for (int s = 0; s < kStemKernel; ++s) {
+#pragma unroll
+          for (int v = 0; v < 2; ++v) {
+            const uint4 of_row = four[s + v];
+            const unsigned rows[4] = {of_row.x, of_row.y, of_row.z, of_row.w};
+#pragma unroll
+            for (int j = first_tile; j < first_tile + kOutputTiles / 2; ++j) {
+              multiply_add<kProductOfNumber<kNumber>>(sums[v][j], rows, weights[s][j]);
+            }
+          }
+        }
+      };
+      multiply_half(0);
+      write(UpperHalf{});
       const int y = place.y + row, x = place.x + column;
-      if (y < p.made.out_height && x < p.made.out_width) {
-        const int quad = (place.image * p.made.out_height + y) * p.made.out_width + x;
-        const unsigned inside = p.made.pool_padding > 0 ? made_of_quad(p.made, y, x) : 15u;
-        with_number(p.out_number, [&](auto number) {
-          write_quad<decltype(number)::value>(p, sums[0], sums[1], first_output, p.group_outputs, quad, inside);
-        });
-      }
+      there = y < p.made.out_height && x < p.made.out_width;
+      to = own_out + ((place.image * p.made.out_height + y) * p.made.out_width + x) * pixel_bytes;
+      inside = p.made.pool_padding > 0 ? made_of_quad(p.made, y, x) : 15u;
+      leave_out(0);
+      multiply_half(kOutputTiles / 2);
+      write(LowerHalf{});
+      leave_out(1);
     }
-    __syncthreads();
   }
+  write(UpperHalf{});
 }
 
 template <typename Tile>
@@ -420,12 +558,23 @@ inline bool is_stem(const ConvPool& call) {
          call.convolution.channels <= kStemChannels && call.group_outputs <= kStemMostOutputs;
 }
 
+template <Number kNumber, Number kOut>
+inline void launch_conv_pool_stem_to(const ConvPool& call, cudaStream_t stream) {
+  const int parts = (call.group_outputs + kStemOutputs - 1) / kStemOutputs;
+  const int most = std::max(kStemBlocks * call.multiprocessors / parts, 1);
+  const dim3 blocks(std::min(StemTiles(call.made).count, most), parts);
+  launch(call.scale == nullptr ? conv_pool_stem<kNumber, kOut, false> : conv_pool_stem<kNumber, kOut, true>, blocks,
+         dim3(kStemThreads), 0, stream, call);
+}
+
 template <Number kNumber>
 inline void launch_conv_pool_stem(const ConvPool& call, cudaStream_t stream) {
-  const int parts = (call.group_outputs + kStemOutputs - 1) / kStemOutputs;
-  const int most = std::max(kBlocksOfMultiprocessor * call.multiprocessors / parts, 1);
-  launch(conv_pool_stem<kNumber>, dim3(std::min(StemTiles(call.made).count, most), parts), dim3(kStemThreads), 0,
-         stream, call);
+  switch (call.out_number) {
+    case Number::kFloat16: return launch_conv_pool_stem_to<kNumber, Number::kFloat16>(call, stream);
+    case Number::kBFloat16: return launch_conv_pool_stem_to<kNumber, Number::kBFloat16>(call, stream);
+    case Number::kE4m3: return launch_conv_pool_stem_to<kNumber, Number::kE4m3>(call, stream);
+    default: return launch_conv_pool_stem_to<kNumber, Number::kFloat32>(call, stream);
+  }
 }
 
 // The most blocks that a launch may have.

@@ -47,6 +47,11 @@ __device__ __forceinline__ unsigned short to_e4m3(float, float) {
   return 0;
 }
 
+__device__ __forceinline__ float larger(float, float) {
+  __trap();
+  return 0;
+}
+
 }  // namespace efficientad_fast::cuda
 
 #else
@@ -138,6 +143,13 @@ __device__ __forceinline__ unsigned short to_e4m3(float low, float high) {
   __trap();
   return 0;
 #endif
+}
+
+// NaN where one of them is.
+__device__ __forceinline__ float larger(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
 }
 
 }  // namespace efficientad_fast::cuda

@@ -54,6 +54,10 @@ __device__ __forceinline__ unsigned short to_e4m3(float low, float high) {
   return static_cast<unsigned short>(simt::e4m3_from_float(low) | simt::e4m3_from_float(high) << 8);
 }
 
+__device__ __forceinline__ float larger(float a, float b) {
+  return a != a ? a : b != b ? b : a < b ? b : a;
+}
+
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   simt::named_barrier(simt::WarpOperation::kBarrierSync, barrier, threads);
 }
