@@ -28,6 +28,7 @@ RESULT = np.dtype(
         ("two", "u4", 2),
         ("sums", "f4", (3, 4)),
         ("e4m3", "u4"),
+        ("larger", "f4"),
         ("handed", "u4"),
     ]
 )
@@ -81,6 +82,8 @@ def test_copies_and_matrices_in_the_emulator() -> None:
         torch.from_numpy(pairs).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint32)
     )
     assert (results["e4m3"] == narrow[:, 0] | narrow[:, 1] << 8).all()
+    np.testing.assert_array_equal(results["larger"], np.maximum(pairs[:, 0], pairs[:, 1]))
+    assert not np.signbit(results["larger"][0])
 
 
 def test_named_barriers_in_the_emulator() -> None:
@@ -175,6 +178,7 @@ def test_a_gpu_does_what_the_emulator_does(tmp_path: Path) -> None:
     expected = emulated(has_e4m3)
     for name in EXACT:
         assert (results[name] == expected[name]).all(), name
+    np.testing.assert_array_equal(results["larger"], expected["larger"])
     # Tensor cores add in another order and cut off what is small beside the largest; in e4m3 (Ada's) 13 bits below it.
     for product, allowed in enumerate((1e-4, 1e-4, 5e-2)):
         wrong = np.abs(results["sums"][:, product] - expected["sums"][:, product])

@@ -108,6 +108,8 @@ struct TileShape {
   static constexpr int kPixelTiles = kPixels / (16 * kPixelWarps);    // of a warp
   static constexpr int kOutputTiles = kOutputs / (16 * kOutputWarps);  // of a warp, 16 outputs each
   static constexpr int kStageNumbers = kSlices * kOutputs * kPieceLength;
+  // Of a multiprocessor: with twice the sums, half as many threads.
+  static constexpr int kBlocks = (kPixelTiles * kOutputTiles >= 16 ? 256 : 512) / kThreads;
   // Many sums leave no registers for filling a second window.
   static constexpr bool kOneWindow = kPixelTiles > 2;
   static constexpr int kSumLength = kOutputs + 8;
@@ -131,6 +133,7 @@ constexpr std::size_t convolve_shared_bytes(int kernel, int stride, int pitch) {
 }
 
 // For many pixels, and from there to few.
+using HighTile = TileShape<32, 64, 4, 1, 1, 3>;
 using WideTile = TileShape<16, 64, 2, 2, 2, 3>;
 using LargeTile = TileShape<8, 64, 2, 2, 1, 3>;
 using NarrowTile = TileShape<8, 32, 4, 1, 1, 4>;
@@ -390,7 +393,7 @@ __device__ __forceinline__ float rectified(const Layer& p, float number) {
 
 // A block for each tile of pixels, tile of outputs and image.
 template <typename Element, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads) convolve(const Layer p) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) convolve(const Layer p) {
   EFFICIENTAD_FAST_DYNAMIC_SHARED(unsigned char, shared);
   int* const places = reinterpret_cast<int*>(shared);
   float* const biases = reinterpret_cast<float*>(shared + kPlaceBytes);
@@ -662,7 +665,10 @@ void launch_convolve(const Layer& p, cudaStream_t stream) {
 }
 
 // From so many blocks on a tile is not too large: multiprocessors of a GPU, and somewhat more.
-inline constexpr int64_t kEnoughWide = 120, kEnoughBlocks = 160, kEnoughSliced = 80;
+#ifndef EFFICIENTAD_FAST_ENOUGH_HIGH
+#define EFFICIENTAD_FAST_ENOUGH_HIGH 240
+#endif
+inline constexpr int64_t kEnoughHigh = EFFICIENTAD_FAST_ENOUGH_HIGH, kEnoughWide = 120, kEnoughBlocks = 160, kEnoughSliced = 80;
 // Blocks of sum_for_number load all weights for every pixel.
 inline constexpr int64_t kMostPixelsByNumber = 4;
 
@@ -673,6 +679,10 @@ void launch_products(const Layer& p, cudaStream_t stream) {
       pixels <= kMostPixelsByNumber) {
     const dim3 blocks(static_cast<unsigned>(pixels * p.outputs), 1, static_cast<unsigned>(p.images));
     launch(sum_for_number<Element>, blocks, dim3(kNumberThreads), 0, stream, p);
+  } else if (p.channels <= kChunk && p.outputs > NarrowTile::kOutputs && tile_count<HighTile>(p) >= kEnoughHigh &&
+             tiles_of(p.out_height, WideTile::kRows) % 2 == 0 &&
+             convolve_shared_bytes<HighTile>(p.kernel, p.stride, p.pitch) <= kAutoencoderSharedBytes) {
+    launch_convolve<Element, HighTile>(p, stream);
   } else if (p.channels <= kChunk && p.outputs > NarrowTile::kOutputs && tile_count<WideTile>(p) >= kEnoughWide &&
              convolve_shared_bytes<WideTile>(p.kernel, p.stride, p.pitch) <= kAutoencoderSharedBytes) {
     launch_convolve<Element, WideTile>(p, stream);

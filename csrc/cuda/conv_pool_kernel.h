@@ -206,25 +206,30 @@ __device__ __forceinline__ void with_number(Number number, const Body& body) {
   }
 }
 
-inline __host__ __device__ int output_tiles_of(const ConvPool& p) {
-  return (p.group_outputs + kTileOutputs - 1) / kTileOutputs;
+template <typename Tile>
+__host__ __device__ inline int output_tiles_of(const ConvPool& p) {
+  return (p.group_outputs + Tile::kOutputs - 1) / Tile::kOutputs;
 }
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks) conv_pool(const ConvPool p) {
   // Blocks beside each other read the same pixels.
-  const int output_tiles = output_tiles_of(p), of_pixels = output_tiles * p.groups;
+  const int output_tiles = output_tiles_of<Tile>(p), of_pixels = output_tiles * p.groups;
   const int tile = blockIdx.x / of_pixels, group = blockIdx.x % of_pixels / output_tiles;
   const int last_output = (group + 1) * p.group_outputs;
-  const int block_output = group * p.group_outputs + blockIdx.x % output_tiles * kTileOutputs;
+  const int block_output = group * p.group_outputs + blockIdx.x % output_tiles * Tile::kOutputs;
   Sums<Tile::kWarpTiles> sums;
   sum_products<Tile, false>(sums, p.convolution, p.convolution, /*paired=*/false, p.made, tile, group, block_output,
                             last_output, run_of(p.out_number));
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-  const int first_output = block_output + warp % 2 * kWarpOutputs;
+  const WarpPlace<Tile> warp;
+  if (warp.slice > 0) {
+    return;
+  }
+  const int g = threadIdx.x % 32 / 4;
+  const int first_output = block_output + warp.column * kWarpOutputs;
   with_number(p.out_number, [&](auto number) {
     if (p.made.pool) {
-      const int first_quad = tile * (Tile::kPixels / 4) + warp / 2 * (Tile::kWarpPixels / 4);
+      const int first_quad = tile * (Tile::kPixels / 4) + warp.row * (Tile::kWarpPixels / 4);
 #pragma unroll
       for (int i = 0; i < Tile::kWarpTiles; i += 2) {
         const int quad = first_quad + 4 * i + g;
@@ -238,7 +243,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks) conv_pool(
         }
       }
     } else {
-      const int first_pixel = tile * Tile::kPixels + warp / 2 * Tile::kWarpPixels;
+      const int first_pixel = tile * Tile::kPixels + warp.row * Tile::kWarpPixels;
 #pragma unroll
       for (int i = 0; i < Tile::kWarpTiles; ++i) {
         const int upper = first_pixel + 16 * i + g, lower = upper + 8;
@@ -530,26 +535,26 @@ __global__ void __launch_bounds__(kStemThreads, kStemBlocks) conv_pool_stem(cons
 template <typename Tile>
 inline int64_t conv_pool_blocks(const ConvPool& call) {
   const int64_t pixels = int64_t{call.made.count} * (call.made.pool ? 4 : 1);
-  return (pixels + Tile::kPixels - 1) / Tile::kPixels * call.groups * output_tiles_of(call);
+  return (pixels + Tile::kPixels - 1) / Tile::kPixels * call.groups * output_tiles_of<Tile>(call);
 }
 
 template <typename Tile>
 inline void launch_conv_pool_tiles(const ConvPool& call, cudaStream_t stream) {
   launch(conv_pool<Tile>, dim3(static_cast<unsigned>(conv_pool_blocks<Tile>(call))), dim3(Tile::kThreads),
-         kImplicitGemmSharedBytes, stream, call);
+         Tile::kSharedBytes, stream, call);
 }
 
 template <Number kNumber>
 inline void launch_conv_pool_of(const ConvPool& call, cudaStream_t stream) {
-  if (!call.convolution.is_wide(kNumber)) {
-    return launch_conv_pool_tiles<SmallGemm<kNumber, false>>(call, stream);
+  if (!call.convolution.is_wide(kNumber, call.made, int64_t{call.groups} * call.group_outputs)) {
+    return launch_conv_pool_tiles<GatheringGemm<kNumber>>(call, stream);
   }
   if constexpr (kNumber != Number::kFloat32) {
-    if (conv_pool_blocks<LargeGemm<kNumber>>(call) >= kBlocksOfMultiprocessor * int64_t{call.multiprocessors}) {
+    if (conv_pool_blocks<LargeGemm<kNumber>>(call) >= kLargeBlocks * int64_t{call.multiprocessors}) {
       return launch_conv_pool_tiles<LargeGemm<kNumber>>(call, stream);
     }
   }
-  launch_conv_pool_tiles<SmallGemm<kNumber, true>>(call, stream);
+  launch_conv_pool_tiles<SmallGemm<kNumber>>(call, stream);
 }
 
 inline bool is_stem(const ConvPool& call) {
@@ -579,7 +584,7 @@ inline void launch_conv_pool_stem(const ConvPool& call, cudaStream_t stream) {
 
 // The most blocks that a launch may have.
 inline int64_t conv_pool_most_blocks(const ConvPool& call) {
-  return conv_pool_blocks<SmallGemm<Number::kFloat16, true>>(call);
+  return conv_pool_blocks<GatheringGemm<Number::kFloat16>>(call);
 }
 
 inline void launch_conv_pool(ConvPool call, cudaStream_t stream) {

@@ -31,8 +31,9 @@ struct FeatureDistance {
   int* counts;  // of a tile's blocks, those that are done
 };
 
-inline __host__ __device__ int parts_of(const FeatureDistance& p) {
-  return (p.outputs + kTileOutputs - 1) / kTileOutputs;
+template <typename Tile>
+__host__ __device__ inline int parts_of(const FeatureDistance& p) {
+  return (p.outputs + Tile::kOutputs - 1) / Tile::kOutputs;
 }
 
 template <typename Tile>
@@ -40,23 +41,24 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks) feature_di
   // Once products are done, of each half of the outputs, and whether this is the last block of a tile. What a launch is
   // granted unasked would not have room for more.
   EFFICIENTAD_FAST_DYNAMIC_SHARED(float, squares);
-  int& last = *reinterpret_cast<int*>(squares + 2 * Tile::kPixels);
-  const int parts = parts_of(p), part = blockIdx.x % parts, tile = blockIdx.x / parts;
-  const int block_output = part * kTileOutputs;
+  int& last = *reinterpret_cast<int*>(squares + Tile::kWarpColumns * Tile::kPixels);
+  const int parts = parts_of<Tile>(p), part = blockIdx.x % parts, tile = blockIdx.x / parts;
+  const int block_output = part * Tile::kOutputs;
   constexpr int kRunOfOutputs = 16;
   Sums<Tile::kWarpTiles> sums;
   sum_products<Tile, true>(sums, p.first, p.second, p.paired, p.made, tile, /*group=*/0, block_output, p.outputs,
                            kRunOfOutputs);
 
   // The difference is turned round where there are two, and so is the bias; its square is the same.
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int first_output = block_output + warp % 2 * kWarpOutputs + t * kRunOfOutputs;
+  const WarpPlace<Tile> warp;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int first_output = block_output + warp.column * kWarpOutputs + t * kRunOfOutputs;
   __syncthreads();
   float totals[Tile::kWarpTiles][2] = {};
 #pragma unroll
   for (int i = 0; i < kRunOfOutputs; ++i) {
     const int output = first_output + i;
-    if (output < p.outputs) {
+    if (warp.slice == 0 && output < p.outputs) {
       const float scale = p.scale == nullptr ? 1.0f : p.scale[output];
       float bias = p.bias == nullptr ? 0.0f : p.bias[output];
       bias = p.paired ? -bias : bias;
@@ -77,8 +79,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks) feature_di
       float total = totals[m][v];
       total += __shfl_xor_sync(0xffffffffu, total, 1);
       total += __shfl_xor_sync(0xffffffffu, total, 2);
-      if (t == 0) {
-        squares[warp % 2 * Tile::kPixels + warp / 2 * Tile::kWarpPixels + 16 * m + 8 * v + g] = total;
+      if (warp.slice == 0 && t == 0) {
+        squares[warp.column * Tile::kPixels + warp.row * Tile::kWarpPixels + 16 * m + 8 * v + g] = total;
       }
     }
   }
@@ -87,7 +89,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks) feature_di
   const int pixel = tile * Tile::kPixels + static_cast<int>(threadIdx.x);
   const bool taken = threadIdx.x < Tile::kPixels && pixel < p.made.count;
   const float count = static_cast<float>(p.outputs);
-  const float own = taken ? squares[threadIdx.x] + squares[Tile::kPixels + threadIdx.x] : 0;
+  float own = 0;
+  if (taken) {
+#pragma unroll
+    for (int column = 0; column < Tile::kWarpColumns; ++column) {
+      own += squares[column * Tile::kPixels + threadIdx.x];
+    }
+  }
   if (parts == 1) {
     if (taken) {
       p.out[pixel] = own / count;
@@ -130,27 +138,28 @@ inline void launch_feature_distance_tiles(FeatureDistance call, cudaStream_t str
   const int64_t tiles = feature_distance_tiles<Tile>(call);
   // From the end, where no call that shares the workspace writes sums.
   call.counts = reinterpret_cast<int*>(call.workspace + call.workspace_size - tiles);
-  launch(feature_distance<Tile>, dim3(static_cast<unsigned>(tiles * parts_of(call))), dim3(Tile::kThreads),
-         kImplicitGemmSharedBytes, stream, call);
+  launch(feature_distance<Tile>, dim3(static_cast<unsigned>(tiles * parts_of<Tile>(call))), dim3(Tile::kThreads),
+         Tile::kSharedBytes, stream, call);
 }
 
 template <Number kNumber>
 inline void launch_feature_distance_of(const FeatureDistance& call, cudaStream_t stream) {
-  if (!call.first.is_wide(kNumber) || (call.paired && !call.second.is_wide(kNumber))) {
-    return launch_feature_distance_tiles<SmallGemm<kNumber, false>>(call, stream);
+  if (!call.first.is_wide(kNumber, call.made, call.outputs) ||
+      (call.paired && !call.second.is_wide(kNumber, call.made, call.outputs))) {
+    return launch_feature_distance_tiles<GatheringGemm<kNumber>>(call, stream);
   }
   if constexpr (kNumber != Number::kFloat32) {
-    if (feature_distance_tiles<LargeGemm<kNumber>>(call) * parts_of(call) >=
-        kBlocksOfMultiprocessor * int64_t{call.multiprocessors}) {
+    if (feature_distance_tiles<LargeGemm<kNumber>>(call) * parts_of<LargeGemm<kNumber>>(call) >=
+        kLargeBlocks * int64_t{call.multiprocessors}) {
       return launch_feature_distance_tiles<LargeGemm<kNumber>>(call, stream);
     }
   }
-  launch_feature_distance_tiles<SmallGemm<kNumber, true>>(call, stream);
+  launch_feature_distance_tiles<SmallGemm<kNumber>>(call, stream);
 }
 
 // The most blocks that a launch may have.
 inline int64_t feature_distance_most_blocks(const FeatureDistance& call) {
-  return feature_distance_tiles<SmallGemm<Number::kFloat16, true>>(call) * parts_of(call);
+  return feature_distance_tiles<GatheringGemm<Number::kFloat16>>(call) * parts_of<GatheringGemm<Number::kFloat16>>(call);
 }
 
 inline void launch_feature_distance(const FeatureDistance& call, cudaStream_t stream) {

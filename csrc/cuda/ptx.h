@@ -145,7 +145,7 @@ __device__ __forceinline__ unsigned short to_e4m3(float low, float high) {
 #endif
 }
 
-// NaN where one of them is.
+// NaN where one of them is, and zero without a sign where one is such and the other a zero too.
 __device__ __forceinline__ float larger(float a, float b) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));

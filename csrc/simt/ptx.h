@@ -55,7 +55,7 @@ __device__ __forceinline__ unsigned short to_e4m3(float low, float high) {
 }
 
 __device__ __forceinline__ float larger(float a, float b) {
-  return a != a ? a : b != b ? b : a < b ? b : a;
+  return a != a ? a : b != b ? b : a < b || (a == b && __builtin_signbit(a)) ? b : a;
 }
 
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {

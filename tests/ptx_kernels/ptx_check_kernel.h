@@ -17,6 +17,7 @@ struct CheckResult {
   unsigned four[4], two[2];
   float sums[3][4];  // by Product
   unsigned e4m3;
+  float larger;
   unsigned handed;
 };
 
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(kCheckThreads) check_wrappers(const Check p) {
     result.handed = words[thread - 32];
   }
 
+  result.larger = larger(p.pairs[thread].x, p.pairs[thread].y);
   float sums[3][4] = {};
   check_product<Product::kFloat16>(sums[0], p.numbers, thread);
   check_product<Product::kBFloat16>(sums[1], p.numbers, thread);
