@@ -238,6 +238,14 @@ MORE_AUTOENCODERS = [
         (32, 32, 64, 64, 64, 64, 64, 64, 64, 16, 16, 40, 64),
     ),
     autoencoder_cases.mixed(
+        "so many pixels of deconv6 that its tiles are the highest",
+        4,
+        (256, 256),
+        (17, 23),
+        torch.bfloat16,
+        (3, 2, 2, 2, 2, 2, 2, 2, 2, 3, 16, 40, 8),
+    ),
+    autoencoder_cases.mixed(
         "more than 64 channels",
         2,
         (256, 321),

@@ -72,6 +72,12 @@ struct Convolution {
 #ifndef EFFICIENTAD_FAST_LARGE_STAGES
 #define EFFICIENTAD_FAST_LARGE_STAGES 4
 #endif
+#ifndef EFFICIENTAD_FAST_KEPT
+#define EFFICIENTAD_FAST_KEPT 1
+#endif
+#ifndef EFFICIENTAD_FAST_SMALL_TILES
+#define EFFICIENTAD_FAST_SMALL_TILES 4
+#endif
 #ifndef EFFICIENTAD_FAST_SMALL_SLICES
 #define EFFICIENTAD_FAST_SMALL_SLICES 2
 #endif
@@ -79,7 +85,7 @@ struct Convolution {
 #define EFFICIENTAD_FAST_SMALL_PIECE 128
 #endif
 #ifndef EFFICIENTAD_FAST_SMALL_STAGES
-#define EFFICIENTAD_FAST_SMALL_STAGES 4
+#define EFFICIENTAD_FAST_SMALL_STAGES 3
 #endif
 #ifndef EFFICIENTAD_FAST_LARGE_BLOCKS
 #define EFFICIENTAD_FAST_LARGE_BLOCKS 1
@@ -104,7 +110,7 @@ struct Tile {
   static constexpr int kWarpsOfSlice = kWarpColumns * kWarpRows;
   static constexpr int kThreads = 32 * kWarpsOfSlice * kSlices;
   // Of a multiprocessor. 0 leaves it to the compiler, which has some registers spilled for a third where it gathers.
-  static constexpr int kLeastBlocks = kWide ? 0 : 2;
+  static constexpr int kLeastBlocks = !kWide ? 2 : kWarpTiles == 2 && kThreads == 256 && kNumber != Number::kE4m3 ? 2 : 0;
   static constexpr int kPieceBytes = kThePieceBytes;
   static constexpr int kStageBytes = (kPixels + kOutputs) * kPieceBytes;
   static constexpr int kStages = kTheStages;
@@ -121,7 +127,7 @@ template <Number kNumber>
 struct Tiles {
   using Large = Tile<kNumber, 4, EFFICIENTAD_FAST_LARGE_ROWS, EFFICIENTAD_FAST_LARGE_COLUMNS, 1, EFFICIENTAD_FAST_LARGE_PIECE,
                      EFFICIENTAD_FAST_LARGE_STAGES, true>;
-  using Small = Tile<kNumber, 2, 2, 2, EFFICIENTAD_FAST_SMALL_SLICES, EFFICIENTAD_FAST_SMALL_PIECE,
+  using Small = Tile<kNumber, EFFICIENTAD_FAST_SMALL_TILES, 2, 2, EFFICIENTAD_FAST_SMALL_SLICES, EFFICIENTAD_FAST_SMALL_PIECE,
                      EFFICIENTAD_FAST_SMALL_STAGES, true>;
 };
 
@@ -265,7 +271,7 @@ class Loader {
         const int i = row;
         if constexpr (Tile::kWide) {
           // Other taps read them again.
-          copy_async<16, /*kKept=*/true>(to_row, images_ + image_offset_ + pixel_[i], (taps_[i] & tap_) == wanted_tap_);
+          copy_async<16, /*kKept=*/EFFICIENTAD_FAST_KEPT != 0>(to_row, images_ + image_offset_ + pixel_[i], (taps_[i] & tap_) == wanted_tap_);
         } else {
           gather(to_row, [&](int y, int x, int64_t offset, int) -> const unsigned char* {
             return (taps_[i] >> y & taps_[i] >> (16 + x) & 1u) != 0 ? images_ + pixel_[i] + offset : nullptr;
