@@ -101,7 +101,7 @@ class Kernel:
         products = CUDA_PRODUCTS if self.kind == "cuda" else limits.products
         if self.heavy and not any(self.counts.get(name) for name in products):
             found.append(f"is a heavy convolution and has no {' or '.join(products)}")
-        if self.heavy and self.kind == "cuda" and "false" not in self.made_for:
+        if self.heavy and self.kind == "cuda" and "false" not in self.made_for and self.function != STEM:
             loads = ("LDGSTS of 128 bits", "LDG of 128 bits")
             if not any(self.counts.get(name) for name in loads):
                 found.append("is a heavy convolution and loads nothing by 16 bytes a thread")
@@ -111,8 +111,11 @@ class Kernel:
 CUDA_PRODUCTS = ("HMMA", "QMMA")
 """What `mma.sync` becomes, on every architecture."""
 
+STEM = "conv_pool.cu conv_pool_stem"
+"""Pixels and taps that it reads have 8 bytes."""
+
 HEAVY_CUDA = {
-    *("conv_pool.cu conv_pool", "conv_pool.cu conv_pool_stem", "feature_distance.cu feature_distance"),
+    *("conv_pool.cu conv_pool", STEM, "feature_distance.cu feature_distance"),
     "autoencoder.cu convolve",
 }
 """CUDA C++ kernels that must run on tensor cores."""

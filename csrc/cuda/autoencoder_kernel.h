@@ -276,25 +276,28 @@ __device__ __forceinline__ void fill_window(const Layer& p, const Element* image
       }
     }
   } else {
-    constexpr int kAtOnce = 2;  // so that loads do not wait for each other
+    // Two vectors of a pixel at once: loads do not wait for each other, and its corners are found once.
+    const int pairs = static_cast<int>(p.by_tap_steps.number), pair_count = count / 2;
 #pragma unroll 1
-    for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
-      CornerVectors<Element> vectors[kAtOnce];
+    for (int i = threadIdx.x; i < pair_count; i += kThreads) {
+      const int pixel = divided(i, p.by_tap_steps), row = divided(pixel, p.by_window_columns);
+      const int column = pixel - row * p.window_columns, offset = (i - pixel * pairs) * kEight;
+      const int read_y = y + row, read_x = x + column;
+      const bool inside = read_y >= 0 && read_y < p.read_height && read_x >= 0 && read_x < p.read_width;
+      Element* const to = window + (row * p.window_columns + window_place(p, column)) * p.pitch + offset;
+      // Of what is outside the corners are pixels too, of which nothing is taken.
+      const Corners corners(p, read_y, read_x);
+      CornerVectors<Element> vectors[2];
+      bool taken[2];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const WindowVector vector(p, first + j * kThreads, y, x, first_channel);
-        // Of what is outside the corners are pixels too, of which nothing is taken.
-        vectors[j].load(Corners(p, vector.y, vector.x), image + (vector.channel < p.channels ? vector.channel : 0));
+      for (int j = 0; j < 2; ++j) {
+        const int channel = first_channel + offset + j * pairs * kEight;
+        taken[j] = inside && channel < p.channels;
+        vectors[j].load(corners, image + (channel < p.channels ? channel : 0));
       }
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = first + j * kThreads;
-        const WindowVector vector(p, i, y, x, first_channel);
-        const bool taken = vector.inside && vector.channel < p.channels;
-        if (i < count) {
-          *reinterpret_cast<Vector<Element>*>(window + vector.place) =
-              vectors[j].blend(Corners(p, vector.y, vector.x), taken);
-        }
+      for (int j = 0; j < 2; ++j) {
+        *reinterpret_cast<Vector<Element>*>(to + j * pairs * kEight) = vectors[j].blend(corners, taken[j]);
       }
     }
   }
