@@ -9,7 +9,8 @@ choice; with ``--all`` as EfficientAD-S and -M launch them at 256 x 256, in batc
 architectures that the compilers know. Launches that lead to the same kernel are compiled once.
 
 Dynamic shared memory is known at a launch only. Triton says how much it will ask for; of a CUDA C++ kernel the most is
-stated in its file or header, as ``constexpr int k...SharedBytes = 46 * 1024;``, to which its launch must keep.
+stated in its file or header, as ``constexpr int k...SharedBytes = 46 * 1024;``, to which its launch must keep. What is
+named ``k...OptinSharedBytes`` a launch takes only where a block may have as much.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def rows(kernel: Kernel) -> dict[str, str]:
     if kernel.tensor_memory:
         found["tensor memory columns"] = str(kernel.tensor_memory)
     for name, count in kernel.counts.items():
-        if name.endswith("of 128 bits"):
+        if name.endswith(" bits"):
             continue
         wide = kernel.counts.get(f"{name} of 128 bits", 0)
         share = f" ({wide / count:.0%} of 128 bits)" if name in listings.WIDE else ""

@@ -172,7 +172,8 @@ def conv_pool_mixed(
     conv_pool_operator.check_mixed(input, weight, scale, bias, padding, pool, pool_padding, groups, out)
     images, weights = packing.mixed(input), weight.contiguous(memory_format=torch.channels_last)
     given = (_array(images), _array(weights), _optional_array(scale), _optional_array(bias))
-    _kernels().conv_pool(*given, padding, relu, pool, pool_padding, groups, _array(out), _multiprocessors)
+    gpu = (_multiprocessors, _shared_of_block)
+    _kernels().conv_pool(*given, padding, relu, pool, pool_padding, groups, _array(out), *gpu)
 
 
 def feature_distance(
@@ -213,7 +214,8 @@ def feature_distance_mixed(
     ]
     arrays = [list(map(_array, operands)) for operands in (images, weights)]
     statistics = (_optional_array(scale), _optional_array(bias))
-    _kernels().feature_distance(*arrays, *statistics, paddings, _array(out), _array(workspace), _multiprocessors)
+    gpu = (_multiprocessors, _shared_of_block)
+    _kernels().feature_distance(*arrays, *statistics, paddings, _array(out), _array(workspace), *gpu)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -247,17 +249,29 @@ def in_rows(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _multiprocessors = 0
+_shared_of_block = 227 * 1024
 
 
 @contextlib.contextmanager
 def multiprocessors(count: int) -> Iterator[None]:
-    """Of the GPU that is emulated: convolutions work in small tiles where large ones are fewer than two for each."""
+    """Of the GPU that is emulated: convolutions work in small tiles where large ones are fewer than one for each."""
     global _multiprocessors
     before, _multiprocessors = _multiprocessors, count
     try:
         yield
     finally:
         _multiprocessors = before
+
+
+@contextlib.contextmanager
+def shared_of_block(size: int) -> Iterator[None]:
+    """Bytes of shared memory that a block of that GPU may have at most."""
+    global _shared_of_block
+    before, _shared_of_block = _shared_of_block, size
+    try:
+        yield
+    finally:
+        _shared_of_block = before
 
 
 @contextlib.contextmanager

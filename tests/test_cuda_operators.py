@@ -116,8 +116,8 @@ MORE_FEATURES += [
     for make in (loss_cases.case, loss_cases.gradient_case)
 ]
 
-# Tiles are 64 or 128 pixels, or quads of them, by 128 outputs, of which a warp has 64; pieces are 64 bytes deep, and
-# three or four of them are in shared memory.
+# Tiles are 64, 128 or 256 pixels, or quads of them, by 128 outputs, of which a warp has 64; pieces are 64 or 128 bytes
+# deep, and three or four of them are in shared memory.
 HALF, EIGHTH = torch.float16, torch.float8_e4m3fn
 TILED = ("conv_pool.mixed", "feature_distance.mixed")
 
@@ -131,6 +131,8 @@ MORE_CONVOLUTIONS = [
             (127, 127, EIGHTH),
             (128, 128, HALF),
             (129, 129, EIGHTH),
+            (255, 129, HALF),
+            (256, 128, torch.bfloat16),
             (257, 200, HALF),
         ]
     ),
@@ -224,6 +226,25 @@ MORE_CONVOLUTIONS = [
         )
         for change in (some_channels, eighth_channels, window, planes_first)
     ),
+    # Without scales a bias is taken out of sums and of what they are at least; pixels of padding count as zeros.
+    *(
+        conv_pool_cases.mixed(
+            f"stem, awkward biases, scale {scale}, relu {relu}, pool_padding {pool_padding}",
+            (1, 4, 12, 21),
+            40,
+            4,
+            torch.bfloat16 if relu else HALF,
+            torch.float32,
+            pool=True,
+            pool_padding=pool_padding,
+            bias=(-math.inf, math.nan, math.inf, -5e37, 5e37, -1e20, 3.0),
+            scale=scale,
+            relu=relu,
+        )
+        for scale in (0.0, 2.0)
+        for relu in (False, True)
+        for pool_padding in (0, 1)
+    ),
 ]
 
 
@@ -315,6 +336,12 @@ def test_order_of_blocks_and_threads_does_not_matter(dtype: torch.dtype, order: 
 @every([*(case for case in CASES if case.overload in TILED), *MORE_CONVOLUTIONS, *MORE_DISTANCES])
 def test_convolutions_in_small_tiles(case: Case) -> None:
     with emulated.multiprocessors(1000):
+        case.check(case.run(emulated.FUNCTIONS[case.overload]))
+
+
+@every([*MORE_CONVOLUTIONS[::3], *MORE_DISTANCES])
+def test_convolutions_in_large_tiles_with_less_shared_memory(case: Case) -> None:
+    with emulated.shared_of_block(99 * 1024):
         case.check(case.run(emulated.FUNCTIONS[case.overload]))
 
 

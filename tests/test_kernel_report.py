@@ -93,6 +93,7 @@ SASS = """\
         /*0020*/                   FFMA R1, R2, R3, R4 ;
         /*0030*/                   UTMALDG.4D [UR8], [UR24], desc[URZ] ;
         /*0040*/                   LDGSTS.E.BYPASS.128 [R7], desc[UR8][R2.64], P1 ;
+        /*0048*/                   LDGSTS.E.64 [R7], desc[UR8][R2.64], P1 ;
         /*0050*/                   HGMMA.64x128x16.F32 R24, gdesc[UR4], R24, !UPT ;
         /*0060*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], R24, gsb0 ;
         /*0070*/                   QMMA.16832.F32.E4M3.E4M3 R4, R8, R12, R4 ;
@@ -135,9 +136,9 @@ def test_instructions_of_sass() -> None:
         "LDS of 128 bits": 1,
         "all": 11,
     }
-    wide = {"LDGSTS of 128 bits": 1}
+    wide = {"LDGSTS of 128 bits": 1, "LDGSTS of 64 bits": 1, "LDGSTS": 2}
     later = ("UTMALDG", "LDGSTS", "HGMMA", "QGMMA", "QMMA", "UTCQMMA", "LDTM")
-    assert listings.counts(found["second"]) == {name: 1 for name in ("LDL", "STL", "FFMA", *later)} | wide | {"all": 10}
+    assert listings.counts(found["second"]) == {name: 1 for name in ("LDL", "STL", "FFMA", *later)} | wide | {"all": 11}
     assert listings.counts(Counter()) == {"all": 0}
 
 
@@ -228,6 +229,9 @@ def test_faults() -> None:
     narrow = replace(heavy, counts={"HMMA": 1, "LDG": 8})
     assert narrow.faults() == ["is a heavy convolution and loads nothing by 16 bytes a thread"]
     assert replace(narrow, made_for="Tile<(Number)1, 2, 2, false> ").faults() == []
+    stem = replace(narrow, function=compiling.STEM, made_for="(Number)1, (Number)1, false")
+    assert stem.faults() == ["copies nothing by 8 bytes a thread, a pixel each"]
+    assert replace(stem, counts=stem.counts | {"LDGSTS of 64 bits": 1}).faults() == []
 
 
 def test_which_cuda_kernels_are_heavy() -> None:
@@ -313,11 +317,16 @@ def test_dynamic_shared_memory_is_what_the_files_state(tmp_path: Path) -> None:
     source = tmp_path / "x.cu"
     source.write_text('#include "x_kernel.h"\n#include "not_here.h"\n')
     (tmp_path / "x_kernel.h").write_text("struct Nothing {};\n")
-    assert compiling.most_dynamic_shared(source) is None
+    assert compiling.most_dynamic_shared(source, 99 * 1024) is None
     (tmp_path / "x_kernel.h").write_text(
         "inline constexpr int kLeftSharedBytes = 46 * 1024;\nconstexpr std::size_t kSharedBytes = 1000;\n"
     )
-    assert compiling.most_dynamic_shared(source) == 46 * 1024
+    assert compiling.most_dynamic_shared(source, 99 * 1024) == 46 * 1024
+    with (tmp_path / "x_kernel.h").open("a") as file:
+        file.write("constexpr int kLargeOptinSharedBytes = 144 * 1024;\n")
+    assert compiling.most_dynamic_shared(source, 99 * 1024) == 46 * 1024
+    assert compiling.most_dynamic_shared(source, 163 * 1024) == 144 * 1024
+    assert compiling.most_dynamic_shared(source, 1024) == 46 * 1024
 
 
 def test_names_are_readable() -> None:

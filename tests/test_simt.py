@@ -834,6 +834,18 @@ def test_counts(semantics: ModuleType) -> None:
 # Numbers
 
 
+def test_the_larger_of_two(semantics: ModuleType) -> None:
+    """NaN where one is, and zero without a sign where the two are zeros of both signs."""
+    special = np.float32([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 3e38])
+    given = np.stack(np.meshgrid(special, special), axis=-1).reshape(-1, 2)
+    result = np.zeros(len(given), np.float32)
+    read = simt_build.buffer(semantics, "in", given)
+    simt_build.run(semantics.larger, read, written(semantics, result))
+    np.testing.assert_array_equal(result, np.maximum(given[:, 0], given[:, 1]))
+    zeros = (given == 0).all(1)
+    assert (np.signbit(result[zeros]) == np.signbit(given[zeros]).all(1)).all()
+
+
 def awkward_floats() -> np.ndarray[Any, Any]:
     """Every half and bfloat16, the floats beside and between them, and NaN."""
     halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)

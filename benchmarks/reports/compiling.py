@@ -101,18 +101,24 @@ class Kernel:
         products = CUDA_PRODUCTS if self.kind == "cuda" else limits.products
         if self.heavy and not any(self.counts.get(name) for name in products):
             found.append(f"is a heavy convolution and has no {' or '.join(products)}")
-        if self.heavy and self.kind == "cuda" and "false" not in self.made_for and self.function != STEM:
-            loads = ("LDGSTS of 128 bits", "LDG of 128 bits")
-            if not any(self.counts.get(name) for name in loads):
-                found.append("is a heavy convolution and loads nothing by 16 bytes a thread")
+        if self.heavy and self.kind == "cuda":
+            found += self._narrow_loads()
         return found
+
+    def _narrow_loads(self) -> list[str]:
+        if self.function == STEM:
+            return [] if self.counts.get("LDGSTS of 64 bits") else ["copies nothing by 8 bytes a thread, a pixel each"]
+        gathers = "false" in self.made_for
+        if gathers or self.counts.get("LDGSTS of 128 bits") or self.counts.get("LDG of 128 bits"):
+            return []
+        return ["is a heavy convolution and loads nothing by 16 bytes a thread"]
 
 
 CUDA_PRODUCTS = ("HMMA", "QMMA")
 """What `mma.sync` becomes, on every architecture."""
 
 STEM = "conv_pool.cu conv_pool_stem"
-"""Pixels and taps that it reads have 8 bytes."""
+"""Reads pixels and taps of four channels, 8 bytes: no 16 of them need be aligned."""
 
 HEAVY_CUDA = {
     *("conv_pool.cu conv_pool", STEM, "feature_distance.cu feature_distance"),
@@ -208,7 +214,7 @@ class CudaCompiler:
                 return []
             entries = listings.entries(next(Path(folder).glob("*.ptx")).read_text())
             sass = listings.instructions(run(self.disassembler, "-c", cubin))
-        most = most_dynamic_shared(source)
+        most = most_dynamic_shared(source, ARCHITECTURES[capability(architecture)].shared_of_block)
         found = []
         for name, used in resources.items():
             function, _, made_for = f"{source.name} {readable(name)}".partition("<")
@@ -260,19 +266,21 @@ def _flags_of_setup() -> list[str]:
     ]
 
 
-def most_dynamic_shared(source: Path) -> int | None:
+def most_dynamic_shared(source: Path, of_block: int) -> int | None:
     """The most dynamic shared memory of the kernels of a ``.cu`` file, in bytes; None where nothing says it.
 
     It, or a header that it includes from its folder, does so by ``constexpr int k...SharedBytes = 46 * 1024;``; the
-    largest counts.
+    largest counts. One of the name ``k...OptinSharedBytes`` does where it is no more than ``of_block``, the bytes that
+    a block may have: launches ask the GPU for that first.
     """
     text = source.read_text(encoding="utf-8")
     for name in re.findall(r'^#include "(\w+\.h)"', text, re.MULTILINE):
         header = source.parent / name
         if header.is_file():
             text += header.read_text(encoding="utf-8")
-    products = re.findall(r"constexpr [\w:]+ k\w*SharedBytes = (\d+(?: \* \d+)*);", text)
-    return max((_product(one) for one in products), default=None)
+    stated = re.findall(r"constexpr [\w:]+ k(\w*)SharedBytes = (\d+(?: \* \d+)*);", text)
+    sizes = ((name, _product(one)) for name, one in stated)
+    return max((size for name, size in sizes if size <= of_block or not name.endswith("Optin")), default=None)
 
 
 def _product(text: str) -> int:

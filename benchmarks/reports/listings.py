@@ -120,7 +120,7 @@ WIDE = ("LDG", "STG", "LDGSTS", "LDS", "STS")
 
 
 def counts(listing: Counter[str]) -> dict[str, int]:
-    """Of those of `INSTRUCTIONS` that occur, of the 128-bit ones among `WIDE`, and of all."""
+    """Of those of `INSTRUCTIONS` that occur, of the 128-bit ones among `WIDE`, of 64-bit copies, and of all."""
     found = {name: 0 for name in INSTRUCTIONS}
     for instruction, count in listing.items():
         name, *modifiers = instruction.split(".")
@@ -128,6 +128,8 @@ def counts(listing: Counter[str]) -> dict[str, int]:
             found[name] += count
             if name in WIDE and "128" in modifiers:
                 found[f"{name} of 128 bits"] = found.get(f"{name} of 128 bits", 0) + count
+            if name == "LDGSTS" and "64" in modifiers:
+                found["LDGSTS of 64 bits"] = found.get("LDGSTS of 64 bits", 0) + count
     return {name: count for name, count in found.items() if count} | {"all": sum(listing.values())}
 
 

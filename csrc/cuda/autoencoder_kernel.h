@@ -668,10 +668,7 @@ void launch_convolve(const Layer& p, cudaStream_t stream) {
 }
 
 // From so many blocks on a tile is not too large: multiprocessors of a GPU, and somewhat more.
-#ifndef EFFICIENTAD_FAST_ENOUGH_HIGH
-#define EFFICIENTAD_FAST_ENOUGH_HIGH 240
-#endif
-inline constexpr int64_t kEnoughHigh = EFFICIENTAD_FAST_ENOUGH_HIGH, kEnoughWide = 120, kEnoughBlocks = 160, kEnoughSliced = 80;
+inline constexpr int64_t kEnoughHigh = 240, kEnoughWide = 120, kEnoughBlocks = 160, kEnoughSliced = 80;
 // Blocks of sum_for_number load all weights for every pixel.
 inline constexpr int64_t kMostPixelsByNumber = 4;
 

@@ -41,6 +41,7 @@ void conv_pool_mixed(const Tensor& input, const Tensor& weight, std::optional<Te
   call.number = cuda::number_of(input);
   call.out_number = cuda::number_of(out);
   call.multiprocessors = cuda::multiprocessors_of(input);
+  call.shared_of_block = cuda::shared_of_block(input);
   cuda::require_blocks(kName, "input", input.size(0), cuda::conv_pool_most_blocks(call));
   if (call.made.count == 0) {
     return;

@@ -24,7 +24,7 @@ struct ConvPool {
   bool relu;
   void* out;  // (N, h, w, outputs of all groups)
   Number number, out_number;
-  int multiprocessors;
+  int multiprocessors, shared_of_block;  // bytes that a block may have at most
 
   // The rest is set by the launch.
   bool wide_stores, wide_statistics;
@@ -268,12 +268,19 @@ inline constexpr int kStemImageRows = 2 * kStemRows + kStemKernel - 1;
 inline constexpr int kStemImageColumns = 2 * kStemColumns + kStemKernel - 1;
 inline constexpr int kStemPixelBytes = 2 * kStemChannels;
 inline constexpr int kStemRun = 8;  // outputs of a thread that are next to each other
-// Biases are not below the opposite of this, so that four times as much is finite.
+// A rectified bias below the opposite of this counts as that: zeros are left either way, and four times it is finite.
 inline constexpr float kStemLargestBias = 4.0e37f;
-#ifndef EFFICIENTAD_FAST_STEM_BLOCKS
-#define EFFICIENTAD_FAST_STEM_BLOCKS 2
+
+// Without scales; with scales, and there without padding of the pooling or with it.
+enum class StemKind { kPlain, kScaled, kPadded };
+
+// Blocks of a multiprocessor that there must be registers for: as many as the compiler spills nothing for.
+template <StemKind kKind, Number kOut>
+inline constexpr int kStemBlocks =
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
+    kKind == StemKind::kPlain && kOut != Number::kE4m3 ? 3 :
 #endif
-inline constexpr int kStemBlocks = EFFICIENTAD_FAST_STEM_BLOCKS;  // of a multiprocessor
+    2;
 
 struct StemTiles {
   int rows, columns, count;  // of an image; of all
@@ -337,28 +344,32 @@ __device__ __forceinline__ void pair_stem_pixels(uint4* pairs, const unsigned ch
   }
 }
 
-// Eight neighbouring outputs of a quad: the means of the rectified sums. With scales `first` holds them and `second` the
-// biases. Without, the bias b is taken out of sum and mean: relu(s + b) = max(s, -b) + b, for four numbers at once and
-// never below zero, since each addition is as monotonic as what it rounds; `first` holds what sums are at least, and
-// `second` b.
-template <bool kScaled>
-__device__ __forceinline__ void average_stem(float (&means)[kStemRun], const float (*upper)[4], const float (*lower)[4],
-                                             const float* first, const float* second, float floor) {
+// Eight neighbouring outputs of a quad: the means of the rectified sums. `first` holds scales and `second` biases, and
+// pixels that are not `inside` (made_of_quad) count as zeros. Plain, the bias b is taken out of sum and mean: relu(s + b)
+// = max(s, -b) + b, for four numbers at once and never below zero, since each addition is as monotonic as what it
+// rounds; `first` holds what sums are at least, and `second` b.
+template <StemKind kKind>
+__device__ __forceinline__ void average_stem(float (&means)[kStemRun], const float (*upper)[4],
+                                             const float (*lower)[4], const float* first, const float* second,
+                                             float floor, unsigned inside) {
+  constexpr bool kPlain = kKind == StemKind::kPlain;
   float ones[kStemRun], others[kStemRun];
 #pragma unroll
   for (int i = 0; i < kStemRun; i += 4) {
-    const float4 one = *reinterpret_cast<const float4*>(first + i), other = *reinterpret_cast<const float4*>(second + i);
+    const float4 one = *reinterpret_cast<const float4*>(first + i);
+    const float4 other = *reinterpret_cast<const float4*>(second + i);
     ones[i] = one.x, ones[i + 1] = one.y, ones[i + 2] = one.z, ones[i + 3] = one.w;
     others[i] = other.x, others[i + 1] = other.y, others[i + 2] = other.z, others[i + 3] = other.w;
   }
 #pragma unroll
   for (int i = 0; i < kStemRun; ++i) {
-    const auto of = [&](float sum) {
-      return kScaled ? larger(__fmaf_rn(sum, ones[i], others[i]), floor) : larger(sum, ones[i]);
+    const auto of = [&](float sum, int pixel) {
+      const float number = kPlain ? larger(sum, ones[i]) : larger(__fmaf_rn(sum, ones[i], others[i]), floor);
+      return kKind != StemKind::kPadded || (inside >> pixel & 1u) != 0 ? number : 0.0f;
     };
-    const float above = of(upper[i / 2][i % 2]) + of(upper[i / 2][2 + i % 2]);
-    const float below = of(lower[i / 2][i % 2]) + of(lower[i / 2][2 + i % 2]);
-    means[i] = kScaled ? 0.25f * (above + below) : __fmaf_rn(0.25f, above + below, others[i]);
+    const float above = of(upper[i / 2][i % 2], 0) + of(upper[i / 2][2 + i % 2], 1);
+    const float below = of(lower[i / 2][i % 2], 2) + of(lower[i / 2][2 + i % 2], 3);
+    means[i] = kPlain ? __fmaf_rn(0.25f, above + below, others[i]) : 0.25f * (above + below);
   }
 }
 
@@ -381,8 +392,9 @@ __device__ __forceinline__ void store_stem(unsigned char* to, const float (&mean
 }
 
 // Each half of a part's outputs is multiplied while the half before, in other registers, is averaged and written.
-template <Number kNumber, Number kOut, bool kScaled>
-__global__ void __launch_bounds__(kStemThreads, kStemBlocks) conv_pool_stem(const ConvPool p) {
+template <Number kNumber, Number kOut, StemKind kKind>
+__global__ void __launch_bounds__(kStemThreads, kStemBlocks<kKind, kOut>) conv_pool_stem(const ConvPool p) {
+  constexpr bool kPlain = kKind == StemKind::kPlain;
   constexpr int kTileBytes = kStemImageRows * kStemImageColumns * kStemPixelBytes;
   __shared__ __align__(16) unsigned char pixels[kTileBytes];
   __shared__ uint4 pairs[kStemImageRows * kStemImageColumns];
@@ -399,10 +411,10 @@ __global__ void __launch_bounds__(kStemThreads, kStemBlocks) conv_pool_stem(cons
     const bool there = output < p.group_outputs;
     const float scale = there && p.scale != nullptr ? p.scale[output] : 1.0f;
     float bias = there && p.bias != nullptr ? p.bias[output] : 0.0f;
-    if constexpr (!kScaled) {
-      bias = bias < -kStemLargestBias ? -kStemLargestBias : bias;
+    if (kPlain && p.relu) {
+      bias = bias < -kStemLargestBias ? -kStemLargestBias : bias;  // NaN stays
     }
-    statistics[0][i] = kScaled ? scale : p.relu ? -bias : floor;
+    statistics[0][i] = !kPlain ? scale : p.relu ? -bias : floor;
     statistics[1][i] = bias;
   }
   const int first_output = blockIdx.y * kStemOutputs + warp_output;
@@ -431,22 +443,19 @@ __global__ void __launch_bounds__(kStemThreads, kStemBlocks) conv_pool_stem(cons
   unsigned char* to = own_out;
   bool there = false;
   unsigned inside = 15;
-  // Sums of pixels that the convolution does not make, such that they add nothing.
+  // Plain sums of pixels that the convolution does not make, such that they add nothing; nothing matters beside a bias
+  // that is infinite or NaN.
   const auto leave_out = [&](int half) {
-    if (p.made.pool_padding > 0 && inside != 15) {
+    if (kPlain && p.made.pool_padding > 0 && inside != 15) {
 #pragma unroll
       for (int i = 0; i < kStemRun; ++i) {
         const int j = half * (kOutputTiles / 2) + i / 2;
-        const float* const first = own_statistics + half * (4 * kStemRun) + i;
-        // Zero, scaled: what is not a number where both are zero is not one of those that there are.
-        const float nothing = kScaled ? 0.0f : -first[kStemOutputs];
+        const float bias = own_statistics[kStemOutputs + half * (4 * kStemRun) + i];
+        const float nothing = bias - bias == 0 ? -bias : 0.0f;
 #pragma unroll
-        for (int v = 0; v < 2; ++v) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            float& sum = sums[v][j][2 * h + i % 2];
-            sum = (inside >> (2 * v + h) & 1u) != 0 ? sum : nothing;
-          }
+        for (int pixel = 0; pixel < 4; ++pixel) {
+          float& sum = sums[pixel / 2][j][pixel % 2 * 2 + i % 2];
+          sum = (inside >> pixel & 1u) != 0 ? sum : nothing;
         }
       }
     }
@@ -455,7 +464,7 @@ __global__ void __launch_bounds__(kStemThreads, kStemBlocks) conv_pool_stem(cons
     constexpr int kHalf = decltype(which)::value, kFirst = kHalf * (kOutputTiles / 2);
     const float* const first = own_statistics + kHalf * (4 * kStemRun);
     float means[kStemRun];
-    average_stem<kScaled>(means, sums[0] + kFirst, sums[1] + kFirst, first, first + kStemOutputs, floor);
+    average_stem<kKind>(means, sums[0] + kFirst, sums[1] + kFirst, first, first + kStemOutputs, floor, inside);
     const int output = own_output + kHalf * (4 * kStemRun), count = p.group_outputs - output;
     unsigned char* const place = to + kHalf * (4 * kStemRun * bytes_of(kOut));
     if (p.wide_stores && count >= kStemRun) {
@@ -522,7 +531,7 @@ __global__ void __launch_bounds__(kStemThreads, kStemBlocks) conv_pool_stem(cons
       const int y = place.y + row, x = place.x + column;
       there = y < p.made.out_height && x < p.made.out_width;
       to = own_out + ((place.image * p.made.out_height + y) * p.made.out_width + x) * pixel_bytes;
-      inside = p.made.pool_padding > 0 ? made_of_quad(p.made, y, x) : 15u;
+      inside = kKind != StemKind::kScaled && p.made.pool_padding > 0 ? made_of_quad(p.made, y, x) : 15u;
       leave_out(0);
       multiply_half(kOutputTiles / 2);
       write(LowerHalf{});
@@ -551,7 +560,9 @@ inline void launch_conv_pool_of(const ConvPool& call, cudaStream_t stream) {
   }
   if constexpr (kNumber != Number::kFloat32) {
     if (conv_pool_blocks<LargeGemm<kNumber>>(call) >= kLargeBlocks * int64_t{call.multiprocessors}) {
-      return launch_conv_pool_tiles<LargeGemm<kNumber>>(call, stream);
+      return call.shared_of_block >= LargeGemm<kNumber>::kSharedBytes
+                 ? launch_conv_pool_tiles<LargeGemm<kNumber>>(call, stream)
+                 : launch_conv_pool_tiles<ShallowGemm<kNumber>>(call, stream);
     }
   }
   launch_conv_pool_tiles<SmallGemm<kNumber>>(call, stream);
@@ -565,11 +576,13 @@ inline bool is_stem(const ConvPool& call) {
 
 template <Number kNumber, Number kOut>
 inline void launch_conv_pool_stem_to(const ConvPool& call, cudaStream_t stream) {
+  const auto kernel = call.scale == nullptr          ? conv_pool_stem<kNumber, kOut, StemKind::kPlain>
+                      : call.made.pool_padding == 0 ? conv_pool_stem<kNumber, kOut, StemKind::kScaled>
+                                                    : conv_pool_stem<kNumber, kOut, StemKind::kPadded>;
   const int parts = (call.group_outputs + kStemOutputs - 1) / kStemOutputs;
-  const int most = std::max(kStemBlocks * call.multiprocessors / parts, 1);
-  const dim3 blocks(std::min(StemTiles(call.made).count, most), parts);
-  launch(call.scale == nullptr ? conv_pool_stem<kNumber, kOut, false> : conv_pool_stem<kNumber, kOut, true>, blocks,
-         dim3(kStemThreads), 0, stream, call);
+  // No more than run at once, so that each keeps its weights for as many tiles as there can be.
+  const int most = std::max(resident_blocks(kernel, kStemThreads, 0) * call.multiprocessors / parts, 1);
+  launch(kernel, dim3(std::min(StemTiles(call.made).count, most), parts), dim3(kStemThreads), 0, stream, call);
 }
 
 template <Number kNumber>

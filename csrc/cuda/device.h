@@ -33,6 +33,14 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dy
   kernel<<<grid, block, dynamic_shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
 }
 
+// How many blocks of `kernel` a multiprocessor has room for at once, by the code that this GPU runs of it.
+template <typename... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t dynamic_shared_bytes) {
+  int count = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, dynamic_shared_bytes);
+  return count;
+}
+
 }  // namespace efficientad_fast::cuda
 
 #endif

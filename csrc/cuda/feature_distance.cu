@@ -50,6 +50,7 @@ void feature_distance_mixed(const Tensor& first, const Tensor& weight_first, std
   call.workspace_size = workspace.size(0);
   call.number = cuda::number_of(first);
   call.multiprocessors = cuda::multiprocessors_of(first);
+  call.shared_of_block = cuda::shared_of_block(first);
   cuda::require_blocks(kName, "first", first.size(0), cuda::feature_distance_most_blocks(call));
   if (call.made.count == 0) {
     return;

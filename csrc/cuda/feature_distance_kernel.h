@@ -25,7 +25,7 @@ struct FeatureDistance {
   float* workspace;        // zeros, but for sums that a call left
   int64_t workspace_size;  // numbers
   Number number;
-  int multiprocessors;
+  int multiprocessors, shared_of_block;  // bytes that a block may have at most
 
   // Set by the launch.
   int* counts;  // of a tile's blocks, those that are done
@@ -151,7 +151,9 @@ inline void launch_feature_distance_of(const FeatureDistance& call, cudaStream_t
   if constexpr (kNumber != Number::kFloat32) {
     if (feature_distance_tiles<LargeGemm<kNumber>>(call) * parts_of<LargeGemm<kNumber>>(call) >=
         kLargeBlocks * int64_t{call.multiprocessors}) {
-      return launch_feature_distance_tiles<LargeGemm<kNumber>>(call, stream);
+      return call.shared_of_block >= LargeGemm<kNumber>::kSharedBytes
+                 ? launch_feature_distance_tiles<LargeGemm<kNumber>>(call, stream)
+                 : launch_feature_distance_tiles<ShallowGemm<kNumber>>(call, stream);
     }
   }
   launch_feature_distance_tiles<SmallGemm<kNumber>>(call, stream);
@@ -159,7 +161,8 @@ inline void launch_feature_distance_of(const FeatureDistance& call, cudaStream_t
 
 // The most blocks that a launch may have.
 inline int64_t feature_distance_most_blocks(const FeatureDistance& call) {
-  return feature_distance_tiles<GatheringGemm<Number::kFloat16>>(call) * parts_of<GatheringGemm<Number::kFloat16>>(call);
+  using Tile = GatheringGemm<Number::kFloat16>;
+  return feature_distance_tiles<Tile>(call) * parts_of<Tile>(call);
 }
 
 inline void launch_feature_distance(const FeatureDistance& call, cudaStream_t stream) {

@@ -2,8 +2,8 @@
 //
 // The left matrix has a row for every pixel that a convolution makes, the right one a column for every output; they are
 // as deep as the kernel's taps times the channels. A block multiplies a tile of both: of each row it copies pieces of
-// 64 bytes to shared memory, several pieces ahead of those that it multiplies. The left matrix is never written: the
-// piece of a row is where its pixel, moved by the tap, lies in the image. Rows need not be neighbours there: pixels
+// 64 or 128 bytes to shared memory, several pieces ahead of those that it multiplies. The left matrix is never written:
+// the piece of a row is where its pixel, moved by the tap, lies in the image. Rows need not be neighbours there: pixels
 // count through images without regard to their borders, and only the last tile is not full.
 
 #pragma once
@@ -60,41 +60,11 @@ struct Convolution {
   }
 };
 
-#ifndef EFFICIENTAD_FAST_LARGE_ROWS
-#define EFFICIENTAD_FAST_LARGE_ROWS 4
-#endif
-#ifndef EFFICIENTAD_FAST_LARGE_COLUMNS
-#define EFFICIENTAD_FAST_LARGE_COLUMNS 2
-#endif
-#ifndef EFFICIENTAD_FAST_LARGE_PIECE
-#define EFFICIENTAD_FAST_LARGE_PIECE 64
-#endif
-#ifndef EFFICIENTAD_FAST_LARGE_STAGES
-#define EFFICIENTAD_FAST_LARGE_STAGES 4
-#endif
-#ifndef EFFICIENTAD_FAST_KEPT
-#define EFFICIENTAD_FAST_KEPT 1
-#endif
-#ifndef EFFICIENTAD_FAST_SMALL_TILES
-#define EFFICIENTAD_FAST_SMALL_TILES 4
-#endif
-#ifndef EFFICIENTAD_FAST_SMALL_SLICES
-#define EFFICIENTAD_FAST_SMALL_SLICES 2
-#endif
-#ifndef EFFICIENTAD_FAST_SMALL_PIECE
-#define EFFICIENTAD_FAST_SMALL_PIECE 128
-#endif
-#ifndef EFFICIENTAD_FAST_SMALL_STAGES
-#define EFFICIENTAD_FAST_SMALL_STAGES 3
-#endif
-#ifndef EFFICIENTAD_FAST_LARGE_BLOCKS
-#define EFFICIENTAD_FAST_LARGE_BLOCKS 1
-#endif
-
 inline constexpr int kWarpOutputs = 64;
 inline constexpr int kOutputTiles = kWarpOutputs / 8;
-// The most that a launch asks for: what every GPU since 8.0 has.
+// The most that a launch asks for: what every GPU since 8.0 has, and where a block may have it (8.0, 9.0, 10.0).
 inline constexpr int kImplicitGemmSharedBytes = 96 * 1024;
+inline constexpr int kImplicitGemmOptinSharedBytes = 144 * 1024;
 
 // kWarpTiles: how many times 16 pixels a warp has; kWarpRows: warps above each other, kWarpColumns beside each other,
 // and kSlices, each with its part of the depth. kPieceBytes: of a row, at a time. kWide: pieces are copied by 16 bytes.
@@ -110,7 +80,7 @@ struct Tile {
   static constexpr int kWarpsOfSlice = kWarpColumns * kWarpRows;
   static constexpr int kThreads = 32 * kWarpsOfSlice * kSlices;
   // Of a multiprocessor. 0 leaves it to the compiler, which has some registers spilled for a third where it gathers.
-  static constexpr int kLeastBlocks = !kWide ? 2 : kWarpTiles == 2 && kThreads == 256 && kNumber != Number::kE4m3 ? 2 : 0;
+  static constexpr int kLeastBlocks = kWide ? 0 : 2;
   static constexpr int kPieceBytes = kThePieceBytes;
   static constexpr int kStageBytes = (kPixels + kOutputs) * kPieceBytes;
   static constexpr int kStages = kTheStages;
@@ -120,20 +90,23 @@ struct Tile {
   static_assert(kWarpTiles % 2 == 0, "the pixels of a quad are in two of a warp's 16 rows");
   static_assert(kStages >= 3, "copies of two pieces are under way while a third is multiplied");
   static_assert(kPieceBytes == 64 || kPieceBytes == 128, "as swizzled has them");
+  static_assert(kSharedBytes <= kImplicitGemmOptinSharedBytes);
 };
 
-// Where there are many blocks, and where there are few. Sums of e4m3 are held twice.
+// Where there are many blocks, and where there are few, which have as many warps for half of the pixels: two slices of
+// the depth. Deep pieces halve the waits; large tiles are Shallow where a block may not have so much shared memory. Sums
+// of e4m3 are held twice, so that there are registers for fewer. docs/cuda-kernels.md has what was measured.
 template <Number kNumber>
 struct Tiles {
-  using Large = Tile<kNumber, 4, EFFICIENTAD_FAST_LARGE_ROWS, EFFICIENTAD_FAST_LARGE_COLUMNS, 1, EFFICIENTAD_FAST_LARGE_PIECE,
-                     EFFICIENTAD_FAST_LARGE_STAGES, true>;
-  using Small = Tile<kNumber, EFFICIENTAD_FAST_SMALL_TILES, 2, 2, EFFICIENTAD_FAST_SMALL_SLICES, EFFICIENTAD_FAST_SMALL_PIECE,
-                     EFFICIENTAD_FAST_SMALL_STAGES, true>;
+  using Large = Tile<kNumber, 4, 4, 2, 1, 128, 3, true>;
+  using Shallow = Tile<kNumber, 4, 4, 2, 1, 64, 4, true>;
+  using Small = Tile<kNumber, 4, 2, 2, 2, 128, 3, true>;
 };
 
 template <>
 struct Tiles<Number::kE4m3> {
   using Large = Tile<Number::kE4m3, 2, 4, 2, 1, 64, 3, true>;
+  using Shallow = Large;
   using Small = Tile<Number::kE4m3, 2, 2, 2, 1, 64, 4, true>;
 };
 
@@ -145,13 +118,19 @@ struct Tiles<Number::kFloat32> {
 template <Number kNumber>
 using LargeGemm = typename Tiles<kNumber>::Large;
 template <Number kNumber>
+using ShallowGemm = typename Tiles<kNumber>::Shallow;
+template <Number kNumber>
 using SmallGemm = typename Tiles<kNumber>::Small;
 // Where rows are not made of 16 bytes that lie together.
 template <Number kNumber>
 using GatheringGemm = Tile<kNumber, 2, 2, 2, 1, 64, 4, false>;
 
+static_assert(ShallowGemm<Number::kFloat16>::kSharedBytes <= kImplicitGemmSharedBytes &&
+              SmallGemm<Number::kFloat16>::kSharedBytes <= kImplicitGemmSharedBytes &&
+              LargeGemm<Number::kE4m3>::kSharedBytes <= kImplicitGemmSharedBytes);
+
 // The least number of blocks, for each multiprocessor, for which large tiles are worth it.
-inline constexpr int kLargeBlocks = EFFICIENTAD_FAST_LARGE_BLOCKS;
+inline constexpr int kLargeBlocks = 1;
 
 // Sums of a warp's 16 kTiles pixels and 64 outputs: what multiply_add takes, by 16 pixels and 8 outputs.
 template <int kTiles>
@@ -232,7 +211,8 @@ class Loader {
       const bool there = (made.pool ? tile * (Tile::kPixels / 4) + row / 32 * 8 + row % 8
                                     : tile * Tile::kPixels + row) < made.count;
       const Place place = place_of_row(row);
-      taps_[i] = there ? taps_inside(place.y, from.height, kernel_) | taps_inside(place.x, from.width, kernel_) << 16 : 0;
+      const unsigned rows = taps_inside(place.y, from.height, kernel_);
+      taps_[i] = there ? rows | taps_inside(place.x, from.width, kernel_) << 16 : 0;
       pixel_[i] = static_cast<Offset>((place.image - first.image) * from.image_stride * kBytes +
                                       (place.y - first.y) * row_bytes_ + (place.x - first.x) * pixel_bytes_);
     }
@@ -271,7 +251,8 @@ class Loader {
         const int i = row;
         if constexpr (Tile::kWide) {
           // Other taps read them again.
-          copy_async<16, /*kKept=*/EFFICIENTAD_FAST_KEPT != 0>(to_row, images_ + image_offset_ + pixel_[i], (taps_[i] & tap_) == wanted_tap_);
+          copy_async<16, /*kKept=*/true>(to_row, images_ + image_offset_ + pixel_[i],
+                                         (taps_[i] & tap_) == wanted_tap_);
         } else {
           gather(to_row, [&](int y, int x, int64_t offset, int) -> const unsigned char* {
             return (taps_[i] >> y & taps_[i] >> (16 + x) & 1u) != 0 ? images_ + pixel_[i] + offset : nullptr;
@@ -362,8 +343,8 @@ class Loader {
   unsigned outputs_inside_;
 };
 
-// What a warp multiplies in one step: 16 bytes twice of each row. Pixels' are loaded anew as soon as they are multiplied,
-// outputs', which all pixels need, to the other of two places.
+// What a warp multiplies in one step: 16 bytes twice of each row. Pixels' are loaded anew as soon as they are
+// multiplied, outputs', which all pixels need, to the other of two places.
 template <typename Tile>
 struct Fragments {
   unsigned rows[Tile::kWarpTiles][4], columns[2][kOutputTiles / 2][4];
@@ -400,35 +381,36 @@ __device__ __forceinline__ void multiply_plainly(Sums<Tile::kWarpTiles>& sums, c
                                                  const unsigned char* right) {
   constexpr int kPieceBytes = Tile::kPieceBytes;
   const int lane = threadIdx.x % 32;
-      const int g = lane / 4, t = lane % 4;
-  #pragma unroll 1
-      for (int piece = 0; piece < kPieceBytes / 16; ++piece) {
-        float4 pixels[Tile::kWarpTiles][2];
-  #pragma unroll
-        for (int i = 0; i < Tile::kWarpTiles; ++i) {
-  #pragma unroll
-          for (int v = 0; v < 2; ++v) {
-            pixels[i][v] = *reinterpret_cast<const float4*>(left + swizzled<kPieceBytes>(16 * i + 8 * v + g, piece));
-          }
-        }
-  #pragma unroll
-        for (int column = 0; column < 2 * kOutputTiles; ++column) {
-          const int j = column / 2, b = column % 2;
-          const float4 weight = *reinterpret_cast<const float4*>(right + swizzled<kPieceBytes>(8 * j + 2 * t + b, piece));
-  #pragma unroll
-          for (int i = 0; i < Tile::kWarpTiles; ++i) {
-  #pragma unroll
-            for (int v = 0; v < 2; ++v) {
-              float& sum = sums[i][j][2 * v + b];
-              sum = __fmaf_rn(pixels[i][v].x, weight.x, sum);
-              sum = __fmaf_rn(pixels[i][v].y, weight.y, sum);
-              sum = __fmaf_rn(pixels[i][v].z, weight.z, sum);
-              sum = __fmaf_rn(pixels[i][v].w, weight.w, sum);
-            }
-          }
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll 1
+  for (int piece = 0; piece < kPieceBytes / 16; ++piece) {
+    float4 pixels[Tile::kWarpTiles][2];
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpTiles; ++i) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        pixels[i][v] = *reinterpret_cast<const float4*>(left + swizzled<kPieceBytes>(16 * i + 8 * v + g, piece));
+      }
+    }
+#pragma unroll
+    for (int column = 0; column < 2 * kOutputTiles; ++column) {
+      const int j = column / 2, b = column % 2;
+      const float4 weight = *reinterpret_cast<const float4*>(right + swizzled<kPieceBytes>(8 * j + 2 * t + b, piece));
+#pragma unroll
+      for (int i = 0; i < Tile::kWarpTiles; ++i) {
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          float& sum = sums[i][j][2 * v + b];
+          sum = __fmaf_rn(pixels[i][v].x, weight.x, sum);
+          sum = __fmaf_rn(pixels[i][v].y, weight.y, sum);
+          sum = __fmaf_rn(pixels[i][v].z, weight.z, sum);
+          sum = __fmaf_rn(pixels[i][v].w, weight.w, sum);
         }
       }
+    }
+  }
 }
+
 
 template <int kTiles, typename Body>
 __device__ __forceinline__ void for_each_sum(Sums<kTiles>& sums, const Body& body) {

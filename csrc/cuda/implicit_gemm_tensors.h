@@ -24,6 +24,11 @@ inline int multiprocessors_of(const Tensor& tensor) {
   return attribute_of(tensor, cudaDevAttrMultiProcessorCount);
 }
 
+// What a launch may ask for, in bytes.
+inline int shared_of_block(const Tensor& tensor) {
+  return attribute_of(tensor, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
 // A convolution's operands; copies are held of images whose channels are not next to each other, and of weights that
 // are not channels-last.
 class Operands {

@@ -313,10 +313,11 @@ cuda::Convolution convolution_of(const Array& images, const Buffer& from, const 
   return cuda::convolution_of(from.as<void>(), images.sizes, images.strides, weights.as<void>(), weight.sizes, padding);
 }
 
-// As convolution_of wants images and weight; with fewer multiprocessors, tiles are larger.
+// As convolution_of wants images and weight; with fewer multiprocessors tiles are larger, with less shared
+// memory, in bytes, the pieces of large ones are shorter.
 void conv_pool(const Array& images, const Array& weight, const std::optional<Array>& scale,
                const std::optional<Array>& bias, int padding, bool relu, bool pool, int pool_padding, int groups,
-               const Array& out, int multiprocessors) {
+               const Array& out, int multiprocessors, int shared_of_block) {
   const Buffer from = source("input", images), weights = source("weight", weight), to = result("out", out);
   const OptionalSource scales("scale", scale), biases("bias", bias);
   cuda::ConvPool call{};
@@ -327,7 +328,7 @@ void conv_pool(const Array& images, const Array& weight, const std::optional<Arr
   call.relu = relu;
   call.out = to.as<void>();
   call.number = images.number(), call.out_number = out.number();
-  call.multiprocessors = multiprocessors;
+  call.multiprocessors = multiprocessors, call.shared_of_block = shared_of_block;
   cuda::launch_conv_pool(call, nullptr);
   take(to);
 }
@@ -336,7 +337,7 @@ void conv_pool(const Array& images, const Array& weight, const std::optional<Arr
 void feature_distance(const std::vector<Array>& images, const std::vector<Array>& weights,
                       const std::optional<Array>& scale, const std::optional<Array>& bias,
                       const std::array<int, 2>& paddings, const Array& out, const Array& workspace,
-                      int multiprocessors) {
+                      int multiprocessors, int shared_of_block) {
   const bool paired = images.size() == 2;
   const Buffer first = source("first", images[0]), weight_first = source("weight_first", weights[0]);
   const Buffer second = source("second", images.back()), weight_second = source("weight_second", weights.back());
@@ -354,7 +355,7 @@ void feature_distance(const std::vector<Array>& images, const std::vector<Array>
   call.out = to.as<float>();
   call.workspace = room.as<float>(), call.workspace_size = workspace.sizes[0];
   call.number = images[0].number();
-  call.multiprocessors = multiprocessors;
+  call.multiprocessors = multiprocessors, call.shared_of_block = shared_of_block;
   cuda::launch_feature_distance(call, nullptr);
   take(to);
   room.download();

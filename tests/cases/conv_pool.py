@@ -92,19 +92,21 @@ def mixed(
     out_dtype: torch.dtype | None = None,
     *,
     groups: int = 1,
-    bias: bool = True,
+    bias: bool | tuple[float, ...] = True,
     scale: float = 0.0,
     change: Change = channels_last,
     change_weight: Change = channels_last,
     **options: Any,
 ) -> Case:
-    """In mixed precision. ``scale``: about which scales are, 0 for none."""
+    """In mixed precision. ``scale``: about which scales are, 0 for none; ``bias``: or those of the first outputs."""
 
     def make() -> Arguments:
         images = narrowed(change(signed(shape, 0)), dtype)
         weight = narrowed(change_weight(weights((outputs, shape[1] // groups, kernel, kernel), 1)), dtype)
         scales = scale * (1 + 0.5 * signed((outputs,), 3)) if scale else None
         biases = signed((outputs,), 2) if bias else None
+        if isinstance(bias, tuple):
+            biases = torch.cat([torch.tensor(bias), signed((outputs,), 2)[len(bias) :]])
         size = conv_pool.fake(images.float(), weight.float(), biases, groups=groups, **options).shape
         return (images, weight, scales, biases), {
             "groups": groups,

@@ -553,6 +553,12 @@ __global__ void to_e4m3(const float2* in, unsigned short* out, int count) {
   }
 }
 
+__global__ void larger(const float2* in, float* out, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    out[i] = efficientad_fast::cuda::larger(in[i].x, in[i].y);
+  }
+}
+
 template <typename Kernels>
 void launch_product(const std::string& product, const Kernels& run) {
   if (product == "float16") {
@@ -673,6 +679,10 @@ EFFICIENTAD_FAST_SIMT_BINDINGS(m) {
   m.def("to_e4m3", [](const Buffer& in, const Buffer& out) {
     launch(to_e4m3, 1, 128, 0, nullptr, in.as<float2>(), out.as<unsigned short>(),
            static_cast<int>(out.bytes() / sizeof(unsigned short)));
+  });
+  m.def("larger", [](const Buffer& in, const Buffer& out) {
+    launch(larger, 1, 128, 0, nullptr, in.as<float2>(), out.as<float>(),
+           static_cast<int>(out.bytes() / sizeof(float)));
   });
   m.def("to_halves", [](const Buffer& in, const Buffer& halves, const Buffer& bfloats) {
     launch(to_halves, 1, 128, 0, nullptr, in.as<float>(), halves.as<__half>(), bfloats.as<__nv_bfloat16>(),
