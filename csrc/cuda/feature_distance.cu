@@ -21,7 +21,7 @@ namespace {
 using feature_distance::kName;
 using torch::stable::accelerator::DeviceGuard;
 
-static_assert(cuda::kTileOutputs >= feature_distance::kFewestOutputs);
+static_assert(cuda::kWarpOutputs >= feature_distance::kFewestOutputs);  // tiles have at least those of a warp
 
 void feature_distance_mixed(const Tensor& first, const Tensor& weight_first, std::optional<Tensor> second,
                             std::optional<Tensor> weight_second, std::optional<Tensor> scale,
