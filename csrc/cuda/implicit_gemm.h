@@ -338,7 +338,8 @@ class Loader {
   int more_y_, more_x_, more_channels_;  // from piece to piece
   // Of the next piece.
   int y_, x_, channel_;
-  int64_t image_offset_, weight_offset_;
+  int64_t image_offset_;
+  std::conditional_t<Tile::kWide, unsigned, int64_t> weight_offset_;
   unsigned tap_, wanted_tap_;  // in taps_
   unsigned outputs_inside_;
 };
@@ -532,7 +533,7 @@ __device__ __forceinline__ void sum_products(Sums<Tile::kWarpTiles>& sums, const
       fragments.load_row(i, stages + left, first_step);
     }
   }
-  int reading = 0, writing = Tile::kStages - 1;
+  int reading = 0;
 #pragma unroll 1
   for (int piece = 0; piece < pieces; ++piece) {
     if constexpr (kTwo) {
@@ -545,8 +546,7 @@ __device__ __forceinline__ void sum_products(Sums<Tile::kWarpTiles>& sums, const
       }
     }
     const unsigned char* const stage = stages + reading * Tile::kStageBytes;
-    unsigned char* const written = stages + writing * Tile::kStageBytes;
-    writing = writing + 1 == Tile::kStages ? 0 : writing + 1;
+    unsigned char* const written = stages + ((reading == 0 ? Tile::kStages : reading) - 1) * Tile::kStageBytes;
     if (piece + 1 < pieces) {
       reading = reading + 1 == Tile::kStages ? 0 : reading + 1;
     }
