@@ -253,6 +253,24 @@ def test_what_is_no_such_model_is_refused_and_left_as_it_is() -> None:
     assert type(other) is Changed and [module.training for module in other.modules()] == modes
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_it_computes_in_float16_and_follows_the_model_there(runs: list[int]) -> None:
+    model = EfficientAdModel(8).eval()
+    fill(model)
+    accelerate(model).cuda()  # as Lightning moves it, after the fact
+    plain = copy.deepcopy(model)
+    batch = images(2).cuda()
+    runs.clear()
+    with torch.inference_mode():
+        found, expected = model(batch, normalize=False), plain(batch, normalize=False)
+    assert runs == [2] and found.anomaly_map.is_cuda and found.anomaly_map.dtype == torch.float32
+    assert_close(found.anomaly_map, expected.anomaly_map, tolerance("mixed map", torch.float16))
+    exact = accelerate(copy.deepcopy(model), dtype="float32")
+    with torch.inference_mode():
+        # cuDNN's default for float32 is TF32, which has the mantissa of float16.
+        assert_close(exact(batch).pred_score, plain(batch).pred_score, tolerance("mixed map", torch.float16))
+
+
 def test_a_model_is_let_go_with_what_was_packed_of_it() -> None:
     model = accelerate(filled())
     known = weakref.ref(model)
