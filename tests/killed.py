@@ -58,15 +58,44 @@ def finished(work: Callable[[], Any], *, silent: bool = True) -> float:
     return time.monotonic() - started
 
 
-def killed(work: Callable[[], Any], check: Callable[[], Any], seconds: float, kills: int) -> None:
+def killed(
+    work: Callable[[], Any], check: Callable[[], Any], kills: int, progress: Callable[[], Any], seconds: float
+) -> None:
+    """Kill ``work`` that often, each time a few steps further, and ``check`` what is left.
+
+    Moments follow what was written, not the clock: on a busy machine all would hit the beginning.
+
+    Args:
+        progress: changes with each step of the work that reached the disk.
+        seconds: that a step takes.
+    """
     moments = random.Random(0)
-    for number in range(kills):
+    for _ in range(kills):
         child = forked(work)
-        # At random in each part of the time, so that few kills are spread as well.
-        time.sleep((number + moments.random()) / kills * seconds)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        running = all(_goes_on(child, progress) for _ in range(moments.randrange(MOST_STEPS)))
+        if running:
+            time.sleep(moments.random() * seconds)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         finished(check, silent=False)
+
+
+MOST_STEPS, LONGEST_STEP = 5, 60.0
+
+
+def _goes_on(child: int, progress: Callable[[], Any]) -> bool:
+    """Waits for a step; False where the child has ended."""
+    before, started = progress(), time.monotonic()
+    while progress() == before and time.monotonic() - started < LONGEST_STEP:
+        if os.waitpid(child, os.WNOHANG)[0] != 0:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _changes(*paths: Path) -> list[tuple[int, int]]:
+    """What differs when a file was written or another one renamed to it."""
+    return [(found.st_ino, found.st_size) for path in paths if path.exists() for found in [path.stat()]]
 
 
 def save(folder: Path, kills: int) -> None:
@@ -90,7 +119,7 @@ def save(folder: Path, kills: int) -> None:
             one.unlink()
         print(json.dumps({"threshold": threshold, "partial": len(partial)}), flush=True)
 
-    killed(work, check, 20 * finished(first), kills)
+    killed(work, check, kills, lambda: _changes(path), finished(first))
 
 
 def _make_images(folder: Path, count: int) -> Path:
@@ -143,7 +172,9 @@ def training(folder: Path, kills: int) -> None:
         assert all(torch.equal(value, weights[name]) for name, value in ours.student.state_dict().items())
         assert ours.quantiles == expected.quantiles and ours.threshold == expected.threshold
 
-    killed(work, check, 1.1 * finished(undisturbed), kills)
+    state = folder / "model.safetensors.training"
+    seconds = finished(undisturbed) / settings.steps
+    killed(work, check, kills, lambda: _changes(out, state, *sorted(state.glob("*"))), seconds)
     finished(work)
     finished(same)
 
@@ -187,7 +218,7 @@ def predicting(folder: Path, kills: int) -> None:
         assert figures[0] == figures[1]
 
     finished(first)
-    killed(work, check, 1.1 * finished(undisturbed), kills)
+    killed(work, check, kills, lambda: _changes(out / "predictions.csv"), finished(undisturbed) / IMAGES)
     finished(work)
     finished(same)
 
