@@ -5,10 +5,11 @@ name in plain PyTorch implementations, ``accelerate`` lets a model of anomalib p
 command ``efficientad-fast`` trains, evaluates and predicts.
 """
 
-from efficientad_fast.detector import Detector, Prediction, Preprocessing
+from efficientad_fast.detector import Detector, Prediction
 from efficientad_fast.dropin import predict
 from efficientad_fast.errors import EfficientADError
 from efficientad_fast.interop.accelerate import accelerate
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.version import __version__
 
 __all__ = ["Detector", "EfficientADError", "Prediction", "Preprocessing", "__version__", "accelerate", "predict"]

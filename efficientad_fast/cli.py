@@ -40,8 +40,9 @@ _MOST_OVERLAY_PIXELS = 2**23
 if TYPE_CHECKING:
     import torch
 
-    from efficientad_fast.detector import DecodeOptions, Detector, Prediction
+    from efficientad_fast.detector import Detector, Prediction
     from efficientad_fast.evaluation import Evaluation
+    from efficientad_fast.preprocessing import DecodeOptions
     from efficientad_fast.reference.networks import ModelSize, PatchDescriptionNetwork
     from efficientad_fast.results import Draw, Results
     from efficientad_fast.training.student import PenaltyImages
@@ -303,7 +304,8 @@ def predict(
     restart.
     """
     from efficientad_fast import native
-    from efficientad_fast.detector import DecodeOptions, Detector, dtype_name
+    from efficientad_fast.detector import Detector, dtype_name
+    from efficientad_fast.preprocessing import DecodeOptions
 
     with _told_plainly():
         if (follow is None) == (not images):

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from efficientad_fast.data.folders import GOOD, Dataset, load_mask
-from efficientad_fast.detector import PRECISIONS, Preprocessing, dtype_name, is_emulated
+from efficientad_fast.detector import PRECISIONS, dtype_name, is_emulated
 from efficientad_fast.errors import DatasetError, ImageError
 from efficientad_fast.files import atomic_path
 from efficientad_fast.metrics import au_pro, image_auroc, pixel_auroc
+from efficientad_fast.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from PIL import Image
 from small_detector import CHANNELS, small_detector
 
 from efficientad_fast import Detector, native
-from efficientad_fast.detector import Preprocessing
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import FEATURE_CHANNELS, Autoencoder, PatchDescriptionNetwork
 

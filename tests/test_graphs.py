@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import efficientad_fast.plan as planning
-from efficientad_fast.detector import Preprocessing
 from efficientad_fast.plan import MixedPlan, Pending, PlanInput, ReferencePlan, Step, build_plan
 from efficientad_fast.plan import graphs as graphs_module
 from efficientad_fast.plan.graphs import GraphTurns, Launches, Transfers, Work
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
 
 QUANTILES = Quantiles(0.4, 1.1, 0.3, 0.7)

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 import efficientad_fast.plan as planning
 from efficientad_fast import native, ops
-from efficientad_fast.detector import Preprocessing
 from efficientad_fast.errors import BackendError, InputError
 from efficientad_fast.ops import conv_pool
 from efficientad_fast.plan import MixedPlan, OperatorPlan, Plan, PlanInput, ReferencePlan, build_plan, default_dtype
 from efficientad_fast.plan.folding import fold
 from efficientad_fast.plan.mixed import OPERATORS
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import PatchDescriptionNetwork
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.gpu.datasheets import Gpu
 from efficientad_fast import ops
-from efficientad_fast.detector import Preprocessing
 from efficientad_fast.ops import autoencoder
 from efficientad_fast.plan import MixedPlan, PlanInput, Step
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import FEATURE_CHANNELS, Autoencoder, ModelSize, PatchDescriptionNetwork
 

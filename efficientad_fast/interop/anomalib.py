@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from efficientad_fast.detector import Preprocessing
 from efficientad_fast.errors import InputError
 from efficientad_fast.interop.networks import PADDING, SIZE, Parts, autoencoder, patch_description_network, tensors_of
 from efficientad_fast.interop.reading import TensorRecord, TorchFile
 from efficientad_fast.interop.unpickling import Record, shown
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
 

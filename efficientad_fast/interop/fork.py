@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from efficientad_fast.detector import Preprocessing
 from efficientad_fast.dropin import recognise, recognise_teacher, upsample_sizes_for
 from efficientad_fast.errors import DetectorFileError, InputError
 from efficientad_fast.interop.networks import QUANTILES, STATISTICS, Parts, network
 from efficientad_fast.interop.reading import open_torch_file
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.networks import PatchDescriptionNetwork
 
 ROLES = ("teacher", "student", "autoencoder")

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from efficientad_fast.data.folders import open_dataset
-from efficientad_fast.detector import Detector, Preprocessing
+from efficientad_fast.detector import Detector
 from efficientad_fast.errors import DetectorFileError, InputError
 from efficientad_fast.interop import anomalib, fork
 from efficientad_fast.interop.networks import HOW_GIVEN, QUANTILES, STATISTICS, Parts, network
 from efficientad_fast.interop.reading import TensorRecord, is_torch_file, open_torch_file
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import PatchDescriptionNetwork
 from efficientad_fast.training.calibrate import (

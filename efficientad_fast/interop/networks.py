@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from efficientad_fast.detector import Preprocessing
 from efficientad_fast.errors import DetectorFileError
 from efficientad_fast.interop.reading import TensorRecord, TorchFile
 from efficientad_fast.interop.unpickling import Record, shown
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import MapConvention, Quantiles
 from efficientad_fast.reference.networks import Autoencoder, ModelSize, PatchDescriptionNetwork
 

@@ -58,7 +58,7 @@ class PlanInput:
 
 
 class ImagePreprocessing(Protocol):
-    """What plans ask of `efficientad_fast.detector.Preprocessing`."""
+    """What plans ask of `efficientad_fast.preprocessing.Preprocessing`."""
 
     @property
     def size(self) -> tuple[int, int]: ...

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from efficientad_fast.data.folders import GOOD, open_dataset, split_validation
-from efficientad_fast.detector import PRECISIONS, Detector, ImageSource, Precision, dtype_name
+from efficientad_fast.detector import PRECISIONS, Detector, Precision, dtype_name
 from efficientad_fast.errors import DatasetError, InputError
 from efficientad_fast.ops.quantile import streamed
 from efficientad_fast.plan import MixedPlan, Plan, parse_device, parse_dtype
+from efficientad_fast.preprocessing import ImageSource
 from efficientad_fast.reference import maps
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.version import __version__

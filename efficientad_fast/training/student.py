@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from efficientad_fast import ops
 from efficientad_fast.data.folders import Dataset, split_validation
 from efficientad_fast.data.textures import synthetic_image
-from efficientad_fast.detector import Detector, Preprocessing
+from efficientad_fast.detector import Detector
 from efficientad_fast.errors import DatasetError, ImageError, InputError
 from efficientad_fast.files import new_array, read_tensors, write_tensors
 from efficientad_fast.plan import parse_device
+from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.losses import mean_squared_error, penalty_loss
 from efficientad_fast.reference.maps import MapConvention
 from efficientad_fast.reference.networks import (
@@ -78,7 +79,7 @@ class TrainSettings:
         hard_fraction: quantile of the squared differences from which on they count.
         initialisation: of student and autoencoder. PyTorch's own shrinks the signal in every layer, so that the
             autoencoder's 14 give their bias alone for the first few hundred steps; ``"kaiming"`` keeps its scale.
-        max_value, apply_exif: how image files are decoded, see :class:`efficientad_fast.detector.Preprocessing`; the
+        max_value, apply_exif: how image files are decoded, see :class:`efficientad_fast.preprocessing.Preprocessing`; the
             detector keeps them.
         validation_fraction: share of the training images held back where the data set brings no validation images.
         save_every: steps from one resumable state to the next.
