@@ -79,7 +79,7 @@ class TrainSettings:
         hard_fraction: quantile of the squared differences from which on they count.
         initialisation: of student and autoencoder. PyTorch's own shrinks the signal in every layer, so that the
             autoencoder's 14 give their bias alone for the first few hundred steps; ``"kaiming"`` keeps its scale.
-        max_value, apply_exif: how image files are decoded, see :class:`efficientad_fast.preprocessing.Preprocessing`; the
+        max_value, apply_exif: how image files are decoded, see `efficientad_fast.preprocessing.Preprocessing`; the
             detector keeps them.
         validation_fraction: share of the training images held back where the data set brings no validation images.
         save_every: steps from one resumable state to the next.
