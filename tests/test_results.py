@@ -368,17 +368,17 @@ def kill(what: str, folder: Path) -> list[dict[str, Any]]:
 
 def test_saving_a_detector_survives_kill_9_at_any_moment(tmp_path: Path) -> None:
     found = kill("save", tmp_path)
-    assert KILLS < 10 or any(one["threshold"] < 2 for one in found)
+    assert any(one["threshold"] < 2 for one in found)
 
 
 def test_training_survives_kill_9_at_any_moment(tmp_path: Path) -> None:
     found = kill("train", tmp_path)
-    assert KILLS < 10 or any(one["steps"] or one["out"] for one in found)
+    assert any(one["steps"] or one["out"] for one in found)
 
 
 def test_predicting_into_a_folder_survives_kill_9_at_any_moment(tmp_path: Path) -> None:
     found = kill("predict", tmp_path)
-    assert KILLS < 10 or any(one["rows"] for one in found)
+    assert any(one["rows"] for one in found)
 
 
 def test_a_full_disk_while_predicting_is_told_in_a_sentence(
