@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -86,11 +85,11 @@ def test_an_interrupted_distillation_resumes_to_the_same_teacher(images: Distill
 
 
 def _stop_at(stage: str, done: int) -> Callable[[str, int, int], None]:
-    """Progress that sends the Ctrl-C signal to this process."""
+    """Progress that sends the Ctrl-C signal to this thread: another one of the process might see it late."""
 
     def progress(now: str, count: int, total: int) -> None:
         if (now, count) == (stage, done):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     return progress
 
