@@ -247,17 +247,17 @@ def test_the_first_ctrl_c_asks_to_stop_and_the_second_raises() -> None:
     before = signal.getsignal(signal.SIGINT)
     with interruptible() as interruption:
         assert not interruption.requested
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert interruption.requested
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_handler_is_restored_where_the_training_fails_and_requests_do_not_carry_over() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match="failed"), interruptible():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         raise ValueError("failed")
     assert signal.getsignal(signal.SIGINT) is before
     with interruptible() as interruption:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import shutil
 import signal
 import statistics
@@ -67,7 +66,7 @@ class _StopAfter:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if stage == "steps" and done == self.steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     def losses(self, step: int, losses: Mapping[str, float]) -> None: ...
 
