@@ -320,17 +320,7 @@ STEM_KERNEL, MOST_STEM_CHANNELS, FEWEST_STEM_PIXELS = 4, 4, 120_000
 
 
 def case_mixed(
-    input: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    padding: int = 0,
-    relu: bool = True,
-    pool: bool = False,
-    pool_padding: int = 0,
-    groups: int = 1,
-    out: Tensor,
+    input: Tensor, weight: Tensor, *_: object, pool: bool = False, groups: int = 1, out: Tensor, **others: object
 ) -> str | None:
     """``stem``: the networks' first layer, of eight images of 256 x 256 or more.
 
