@@ -466,6 +466,19 @@ def test_convert_refuses_statistics_that_are_none(tmp_path: Path, content: str, 
     assert result.exit_code == 2 and why in result.stderr
 
 
+def test_lists_of_statistics_that_hold_each_other_are_refused(tmp_path: Path) -> None:
+    folder = fork_folder(tmp_path / "out", fork_networks())
+    doubled: list[Any] = [1.0]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    endless: list[Any] = []
+    endless += [endless] * 1000
+    for value in (doubled, endless, [1.0] * 2**17):
+        path = saved({"teacher_mean": value}, tmp_path / "statistics.pth")
+        result = _run("convert", folder, "--statistics", path, "--out", tmp_path / "m.safetensors")
+        assert result.exit_code == 2 and "more than 65536" in result.stderr
+
+
 def test_the_command_line_predicts_with_a_checkpoint_as_it_is(tmp_path: Path) -> None:
     path = saved(checkpoint(filled()), tmp_path / "model.ckpt")
     warnings.simplefilter("default")

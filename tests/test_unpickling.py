@@ -10,6 +10,7 @@ import operator
 import os
 import pickle
 import pickletools
+import resource
 import struct
 import subprocess
 import sys
@@ -261,13 +262,21 @@ def _keys_of_one_hash(count: int, form: Callable[[int], bytes]) -> bytes:
     return b"\x80\x02}(" + b"".join(form(index * (2**61 - 1)) for index in range(1, count)) + b"u."
 
 
-def _tuples_of_tuples(depth: int) -> bytes:
-    """A tuple of twice the same tuple of twice the same ..., as the key of a dictionary."""
-    return b"\x80\x02}K\x01\x85" + b"2\x86" * depth + b"K\x01s."
-
+_DOUBLED = b"2\x86" * 60
+"""Makes of a tuple one of twice the same tuple of twice the same ..."""
 
 BOMBS: dict[str, bytes] = {
-    "a key that takes forever to hash": _tuples_of_tuples(60),
+    "a module whose name takes forever to write": b"\x80\x02)" + _DOUBLED + b"X\x01\0\0\0a\x93.",
+    "a name that takes forever to write": b"\x80\x02X\x01\0\0\0a)" + _DOUBLED + b"\x93.",
+    "a function that takes forever to hash": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n()"
+    + _DOUBLED
+    + b"N)NtR.",
+    "the same arguments of many calls": b"\x80\x04("
+    + b"N" * 30_000
+    + b"tq\x01cos\nsystem\nq\x020"
+    + b"h\x02h\x01N\x92" * 30_000
+    + b".",
+    "a key that takes forever to hash": b"\x80\x02})" + _DOUBLED + b"K\x01s.",
     "keys of one hash": _keys_of_one_hash(100_000, lambda key: _number(key) + b"N"),
     "places in the memo of one hash": b"\x80\x02N"
     + b"".join(b"p%d\n" % (index * (2**61 - 1)) for index in range(100_000))
@@ -291,6 +300,11 @@ BOMBS: dict[str, bytes] = {
 }
 
 
+def _peak_bytes() -> int:
+    """The most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_pickles_that_grow_or_never_end_are_read_or_refused_at_once(
     tmp_path: Path, bomb: str, monkeypatch: pytest.MonkeyPatch
@@ -299,10 +313,11 @@ def test_pickles_that_grow_or_never_end_are_read_or_refused_at_once(
     monkeypatch.setattr(unpickling, "MOST_INSTRUCTIONS", 650_000)
     path = tmp_path / "model.pth"
     path.write_bytes(_zip_of(BOMBS[bomb]))
-    began = time.monotonic()
+    began, peak = time.monotonic(), _peak_bytes()
     with pytest.raises(DetectorFileError):
         Detector.load(path)
     assert time.monotonic() - began < MOST_SECONDS
+    assert _peak_bytes() - peak < 2**30
 
 
 def test_a_pickle_of_more_bytes_than_any_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +376,17 @@ def test_numbers_that_are_counted_twice_are_refused(tmp_path: Path) -> None:
                 content[at - 4 : at] = struct.pack("<I", first)
     path.write_bytes(content)
     with open_torch_file(path) as file, pytest.raises(DetectorFileError, match=r"damaged|larger than the file"):
+        for record in file.value.values():
+            file.tensor(record)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_many_tensors_of_the_same_numbers_are_refused(tmp_path: Path, zipped: bool) -> None:
+    """Each would be read into memory of its own."""
+    path = tmp_path / "model.pth"
+    numbers = torch.ones(10_000)
+    torch.save({str(index): numbers for index in range(50)}, path, _use_new_zipfile_serialization=zipped)
+    with open_torch_file(path) as file, pytest.raises(DetectorFileError, match="too many tensors"):
         for record in file.value.values():
             file.tensor(record)
 

@@ -20,6 +20,7 @@ from efficientad_fast.errors import DetectorFileError, InputError
 from efficientad_fast.interop import anomalib, fork
 from efficientad_fast.interop.networks import HOW_GIVEN, QUANTILES, STATISTICS, Parts, network
 from efficientad_fast.interop.reading import TensorRecord, is_torch_file, open_torch_file
+from efficientad_fast.interop.unpickling import shown
 from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import PatchDescriptionNetwork
@@ -38,6 +39,8 @@ _CHECKPOINTS = ("model.ckpt", "weights/lightning/model.ckpt", "latest/weights/li
 _COMPUTED = (STATISTICS, QUANTILES)
 
 _QUANTILES = ("q_st_start", "q_st_end", "q_ae_start", "q_ae_end")
+
+_MOST_NUMBERS = 2**16
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def read_supplied(path: Path) -> Supplied:
     if not isinstance(values, dict) or not values or not set(values) <= set(known):
         raise InputError(f"{path} must hold some of {', '.join(known)}, and nothing else.")
     try:
-        numbers = {name: torch.as_tensor(value, dtype=torch.float64).flatten() for name, value in values.items()}
+        numbers = {name: _numbers(value) for name, value in values.items()}
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} must hold numbers, lists of numbers or tensors: {error}") from error
     present = [name in numbers for name in _QUANTILES]
@@ -201,6 +204,27 @@ def read_supplied(path: Path) -> Supplied:
         quantiles=Quantiles(*(single[name] for name in _QUANTILES)) if all(present) else None,
         threshold=single.get("threshold"),
     )
+
+
+def _numbers(value: Any) -> Tensor:
+    """A tensor, a number, or lists of numbers, as a vector. A file may have the same list in a list many times over."""
+    if isinstance(value, Tensor):
+        return value.double().flatten()
+    flat: list[float] = []
+    waiting = [value]
+    for _ in range(_MOST_NUMBERS):
+        if not waiting:
+            return torch.tensor(flat, dtype=torch.float64)
+        one = waiting.pop()
+        if isinstance(one, int | float):
+            flat.append(float(one))
+        elif not isinstance(one, list | tuple):
+            raise TypeError(f"{shown(one)} is none")
+        elif len(waiting) + len(one) > _MOST_NUMBERS:
+            break
+        else:
+            waiting.extend(reversed(one))
+    raise ValueError(f"more than {_MOST_NUMBERS} of them")
 
 
 def _files(source: Source) -> list[Path]:

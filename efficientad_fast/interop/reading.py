@@ -33,6 +33,9 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _MOST_AT_ONCE = 4 * 2**20
 """Bytes that are read at once of what is not a tensor; a zip file's table of contents comes so."""
 
+_MOST_SHARING = 8
+"""Tensors that may show the same numbers, each of which has memory of its own once it is read."""
+
 _DTYPES = {
     f"{name}Storage": dtype
     for name, dtype in {
@@ -78,17 +81,21 @@ class TorchFile:
             :class:`unpickling.Record` for everything else that is not plain data.
     """
 
-    def __init__(self, source: str, value: Any, read_storage: Callable[[StorageRecord], bytearray]) -> None:
+    def __init__(
+        self, source: str, value: Any, read_storage: Callable[[StorageRecord], bytearray], file_bytes: int
+    ) -> None:
         self.source = source
         self.value = value
         self._read_storage = read_storage
+        self._left = _MOST_SHARING * file_bytes
         self._storages: dict[tuple[str, torch.dtype, int], bytearray] = {}
 
     def tensor(self, record: TensorRecord) -> Tensor:
         """The tensor, contiguous, in memory of its own.
 
         Raises:
-            DetectorFileError: its numbers are not in the file, or its memory layout is none that weights have.
+            DetectorFileError: its numbers are not in the file, its memory layout is none that weights have, or too
+                many tensors show the same numbers.
         """
         storage, size, stride = record.storage, record.size, record.stride
         what = f"{self.source}: a tensor of size {size} and stride {stride}"
@@ -102,6 +109,11 @@ class TorchFile:
             raise DetectorFileError(f"{what} is larger than its storage of {storage.numel} numbers: it is damaged.")
         if numel == 0:
             return torch.empty(0, dtype=storage.dtype).reshape(size)
+        self._left -= numel * storage.dtype.itemsize
+        if self._left < 0:
+            raise DetectorFileError(
+                f"{self.source} has too many tensors that show the same numbers. Save clones of them."
+            )
         key = (storage.key, storage.dtype, storage.numel)
         if key not in self._storages:
             self._storages[key] = self._read_storage(storage)
@@ -217,7 +229,7 @@ def _open_zip(file: BinaryIO, source: str) -> TorchFile:
         _require_bytes(source, storage, len(numbers))
         return numbers
 
-    return TorchFile(source, value, read_storage)
+    return TorchFile(source, value, read_storage, file_bytes)
 
 
 # Streams, of PyTorch before 1.6, and of torch.save(..., _use_new_zipfile_serialization=False)
@@ -263,7 +275,7 @@ def _open_stream(file: BinaryIO, source: str) -> TorchFile:
         _require_bytes(source, storage, file.readinto(numbers))  # type: ignore[attr-defined]
         return numbers
 
-    return TorchFile(source, value, read_storage)
+    return TorchFile(source, value, read_storage, file_bytes)
 
 
 # Names that stand for something
@@ -305,7 +317,7 @@ def _parameter(arguments: tuple[Any, ...]) -> Any:
 def _with_attributes(arguments: tuple[Any, ...]) -> Any:
     """A tensor or parameter that was given attributes, which do not come along."""
     function, _, inner = arguments[:3]
-    if function not in _TENSORS or not isinstance(inner, tuple):
+    if not isinstance(function, Name) or function not in _TENSORS or not isinstance(inner, tuple):
         raise ValueError("a tensor of an unknown kind")
     return _TENSORS[function](inner)
 

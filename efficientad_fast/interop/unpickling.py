@@ -190,7 +190,9 @@ class _Machine:
                 stack.append(Name(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = self._pop(), self._pop()
-                stack.append(Name(str(module), str(name)))
+                if not isinstance(name, str) or not isinstance(module, str):
+                    raise ValueError("a name that is no text")
+                stack.append(Name(module, name))
             case "EXT1" | "EXT2" | "EXT4":
                 stack.append(Name("copyreg", f"extension {argument}"))
             case "REDUCE" | "NEWOBJ":
@@ -198,7 +200,8 @@ class _Machine:
                 self._call(called, arguments)
             case "NEWOBJ_EX":
                 named, arguments, called = self._pop(), self._pop(), self._pop()
-                self._call(called, (*arguments, named))
+                # As a pair: each of many calls would have a copy of the same long arguments.
+                self._call(called, (arguments, named))
             case "OBJ":
                 called, *given = self._pop_to_mark()
                 self._call(called, tuple(given))
