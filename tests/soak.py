@@ -93,6 +93,8 @@ class Soak:
 
     def entry_points(self) -> dict[str, Callable[[], tuple[int, Any]]]:
         return {
+            # First: as many workspaces as threads that met in a prediction stay until others have taken their place.
+            "threads": self.in_threads,
             "one file": self.one_file,
             "a folder": lambda: self.several(self.detector.predict(self.folder / "images", batch_size=4)),
             "files": lambda: self.several(self.detector.predict(self.files, batch_size=3, map_size="original")),
@@ -103,7 +105,6 @@ class Soak:
             "PIL images": lambda: self.several(self.detector.predict([Image.open(path) for path in self.good])),
             "a stream": lambda: self.several(self.detector.stream(iter(self.files), batch_size=2)),
             "a stream left early": self.left_early,
-            "threads": self.in_threads,
             "the drop-in": self.drop_in,
             "the command": self.command,
             "the command with overlays": self.command_out,
