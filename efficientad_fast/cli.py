@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -116,6 +116,13 @@ class _Watch:
 
     def losses(self, step: int, losses: Mapping[str, float]) -> None:
         self._losses = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+
+
+def escape(text: str) -> str:
+    """As rich prints it, letter for letter; without what steers a terminal, for names come from files."""
+    from efficientad_fast.files import without_controls
+
+    return markup.escape(without_controls(text))
 
 
 @contextmanager
@@ -333,11 +340,17 @@ def predict(
         def draw(path: Path, prediction: Prediction) -> None:
             _write_overlay(path, prediction, detector, threshold, options)
 
-        with _results(out, run, draw, restart=restart, most=2 * batch_size) as results:
-            if follow is not None:
-                counts = _follow(follow, out, stream, results)
-            else:
-                counts = _predict_all(images or [], out, stream, results)
+        counts = _Counts()
+        try:
+            with _results(out, run, draw, restart=restart, most=2 * batch_size) as results:
+                if follow is not None:
+                    _follow(follow, stream, results, counts)
+                else:
+                    _predict_all(images or [], out, stream, results, counts)
+        except KeyboardInterrupt:
+            kept = "" if out is None else " and are kept. Give the same command to go on"
+            errors.print(f"stopped; {counts.predicted} images were predicted{kept}.")
+            raise typer.Exit(130) from None
         if counts.failed:
             errors.print(f"{counts.failed} of {counts.failed + counts.predicted} images failed.")
             raise typer.Exit(1)
@@ -368,16 +381,17 @@ def _predict_all(
     out: Path | None,
     stream: Callable[[list[Path]], Iterator[Prediction]],
     results: Results | None,
-) -> _Counts:
+    counts: _Counts,
+) -> None:
     from efficientad_fast.data.arrivals import file_version
     from efficientad_fast.data.folders import list_images
 
-    counts = _Counts()
-    paths = [found for path in images for found in (list_images(path) if path.is_dir() else [path])]
+    # Path's raises where a folder may not be searched, and of names that are too long.
+    paths = [found for path in images for found in (list_images(path) if os.path.isdir(path) else [path])]  # noqa: PTH112
     if results is None or out is None:
         for prediction in stream(paths):
             counts.tell(prediction)
-        return counts
+        return
     found = [(path, file_version(path)) for path in paths if not results.is_overlay(path)]
     todo = [(path, version) for path, version in found if not results.is_done(path, version)]
     if len(todo) < len(found):
@@ -388,25 +402,20 @@ def _predict_all(
     for (_, version), prediction in zip(todo, stream([path for path, _ in todo]), strict=True):
         counts.tell(prediction)
         results.add(prediction, version)
-    return counts
 
 
 def _follow(
     folder: Path,
-    out: Path | None,
     stream: Callable[[list[Path]], Iterator[Prediction]],
     results: Results | None,
-) -> _Counts:
+    counts: _Counts,
+) -> None:
     from efficientad_fast.data.arrivals import Arrivals, FileVersion, file_version
-    from efficientad_fast.data.folders import find_images
 
     def ignored(path: Path, version: FileVersion) -> bool:
         return results is not None and (results.is_overlay(path) or results.is_done(path, version))
 
-    counts = _Counts()
     arrivals = Arrivals(folder, ignored)
-    if results is not None:
-        results.forget(find_images(folder, skip_unreadable=True))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         errors.print(f"following {escape(str(folder))}; Ctrl-C ends it.", soft_wrap=True)
@@ -421,6 +430,7 @@ def _follow(
                 arrivals.done(arrival)
                 counts.tell(prediction)
                 if results is not None:
+                    results.forget([arrival.path])
                     results.add(prediction, version)
             if results is not None and not ready:
                 results.write()
@@ -428,7 +438,6 @@ def _follow(
         errors.print(f"stopped; {counts.predicted} images were predicted.")
     finally:
         signal.signal(signal.SIGTERM, before)
-    return counts
 
 
 @contextmanager
@@ -445,16 +454,17 @@ def _results(
 
 
 def _same_folder(first: Path, second: Path) -> bool:
-    return first.is_dir() and second.is_dir() and first.samefile(second)
+    return os.path.isdir(first) and os.path.isdir(second) and first.samefile(second)  # noqa: PTH112
 
 
 def _digest(model: Path) -> str:
-    """Of a detector's file; of all files in the folder where it is one of several."""
+    """Of the files that a detector is loaded from."""
+    from efficientad_fast.interop.loading import detector_files
+
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(model.iterdir()) if model.is_dir() else [model]:
-        if file.is_file():
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "blake2b").digest())
+    for file in detector_files(model):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "blake2b").digest())
     return digest.hexdigest()
 
 
@@ -816,12 +826,13 @@ def info(
 ) -> None:
     """Print versions, what was built, and which backends work here; or what a detector is."""
     from efficientad_fast.detector import Detector
+    from efficientad_fast.files import without_controls
     from efficientad_fast.info import collect, render, render_summary
 
     with _told_plainly():
         facts = collect() if model is None else Detector.load(model).summary()
         text = render(facts) if model is None else render_summary(facts)
-        sys.stdout.write((json.dumps(facts, indent=2) if as_json else text) + "\n")
+        sys.stdout.write((json.dumps(facts, indent=2) if as_json else without_controls(text)) + "\n")
 
 
 def main() -> None:

@@ -87,6 +87,8 @@ class Precision:
                 )
 
 
+_EXPORTED = frozenset({".onnx", ".xml", ".engine", ".plan", ".tflite"})
+
 _NO_SCORE = (
     "the networks made NaN of it, so it has no score; predict with dtype='float32' if another was asked for, else the "
     "detector's weights or statistics are damaged: copy or train it again"
@@ -182,6 +184,10 @@ class Detector:
         for name in ("teacher_mean", "teacher_std"):
             shape = tuple(getattr(self, name).shape)
             require(shape == (channels,), name, f"have shape ({channels},)", shape)
+        mean, std = self.teacher_mean, self.teacher_std
+        require(bool(mean.isfinite().all()), "teacher_mean", "be finite", "infinity or NaN")
+        usable = bool((std.isfinite() & (std > 0)).all())
+        require(usable, "teacher_std", "be finite and above 0 in every channel", f"{float(std.min())} and others")
         _check_threshold(self.threshold)
         _check_quantiles(self.quantiles)
         for name, precision in self.precisions.items():
@@ -318,15 +324,22 @@ class Detector:
         from efficientad_fast.interop.reading import is_torch_file
 
         supplied = Supplied(images, teacher_mean, teacher_std, quantiles, threshold, size, padding, pad_maps)
-        if not isinstance(path, str | os.PathLike) or Path(path).is_dir() or is_torch_file(path):
+        is_one = isinstance(path, str | os.PathLike)
+        if path == "" or not (is_one or (isinstance(path, Sequence) and not isinstance(path, bytes))):
+            raise InputError(f"path must be that of a file or a folder, or those of three files, got {path!r}.")
+        if not isinstance(path, str | os.PathLike) or os.path.isdir(path) or is_torch_file(path):  # noqa: PTH112
             loaded = load_elsewhere(path, supplied)
             for note in loaded.notes:
                 warnings.warn(note, UserWarning, stacklevel=2)
             return loaded.detector
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113  Path's raises where a folder may not be searched
             raise DetectorFileError(
                 f"No detector file at {path}. Train one with `efficientad-fast train DATA --out {path}`."
+            )
+        if path.suffix in _EXPORTED:
+            raise DetectorFileError(
+                f"{path} looks like an exported model. Give the checkpoint (.ckpt, .pth) that it was exported from."
             )
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FILE_FORMAT:
@@ -740,9 +753,9 @@ def _check_quantiles(quantiles: Quantiles | None) -> None:
     given = astuple(quantiles)
     if not all(map(math.isfinite, given)):
         raise InputError(f"quantiles must be finite, got {given}.")
-    if given[0] == given[1] or given[2] == given[3]:
+    if given[0] >= given[1] or given[2] >= given[3]:
         raise InputError(
-            f"quantiles must have ends other than their starts (None leaves the maps as they are), got {given}."
+            f"quantiles must have ends above their starts (None leaves the maps as they are), got {given}."
         )
 
 
@@ -775,7 +788,8 @@ def _arrange(images: ImageSource | Iterable[ImageSource]) -> tuple[bool, Iterabl
     """Whether ``images`` is a single one, and an iterable over it or them; a sequence where all are at hand."""
     if isinstance(images, str | os.PathLike):
         path = Path(images)
-        return (False, list_images(path)) if path.is_dir() else (True, [images])
+        # Path's raises where a folder may not be searched, and of names that are too long.
+        return (False, list_images(path)) if os.path.isdir(path) else (True, [images])  # noqa: PTH112
     if isinstance(images, Image.Image):
         return True, [images]
     if isinstance(images, np.ndarray | Tensor):

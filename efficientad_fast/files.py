@@ -58,6 +58,11 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() and one != "\\" else one.encode("unicode_escape").decode() for one in text)
 
 
+def without_controls(text: str) -> str:
+    """With escapes for control characters but line ends: what comes from a file must not steer a terminal."""
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+
+
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; on success sync it and rename it to ``target``.

@@ -75,7 +75,10 @@ class Results:
         self._waiting: deque[tuple[dict[str, Any], Future[str] | None]] = deque()
         self._next = 0
         with told_of_disk(self._table), contextlib.ExitStack() as stack:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise InputError(f"{folder} is a file, or in one; predictions need a folder. Give another.") from error
             stack.enter_context(_only_one(folder))
             _prepare(folder, json.loads(json.dumps(dict(run))), restart=restart)
             for row in _rows(self._table):
@@ -246,7 +249,8 @@ def _prepare(folder: Path, run: Mapping[str, Any], *, restart: bool) -> None:
     if table.exists():
         _check_run(folder, run)
         _cut_half_row(table)
-        return
+        if table.stat().st_size > 0:
+            return
     with atomic_path(description) as temporary:
         temporary.write_text(json.dumps({"format": _FORMAT, "run": run}, indent=1) + "\n", encoding="utf-8")
     with atomic_path(table) as temporary:

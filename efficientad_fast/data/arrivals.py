@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,12 +31,12 @@ class FileVersion(NamedTuple):
 
 
 def file_version(path: str | os.PathLike[str]) -> FileVersion | None:
-    """The version of the file that is there now; ``None`` where there is none, or it may not be looked at."""
+    """The version of the file that is there now; ``None`` where there is none, a folder, or no right to look at it."""
     try:
         status = os.stat(path)  # noqa: PTH116  a Path made from each name takes half of the time
     except (OSError, ValueError):
         return None
-    return FileVersion(status.st_size, status.st_mtime_ns)
+    return None if stat.S_ISDIR(status.st_mode) else FileVersion(status.st_size, status.st_mtime_ns)
 
 
 class Arrival(NamedTuple):

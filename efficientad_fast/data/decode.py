@@ -33,6 +33,14 @@ than half of that; set it as that one is set."""
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 
+_PIXELS_OF_FORMAT = {"JPEG2000": 2**27}
+"""Where the reader takes much more memory than the image: 19 bytes a pixel, of a file that may have a kilobyte."""
+
+MAX_SCANS = 100
+"""Of a JPEG file. Each goes over all pixels, and takes ten bytes; a progressive file has about ten."""
+
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
 _UINT16_MAX = 65535
 
 _BAND_PIXELS = 2**22
@@ -71,6 +79,8 @@ _DECODER_FAILURES = (
     struct.error,
     zlib.error,
 )
+
+_KNOWN_DTYPES = "expected uint8, uint16 with max_value, or floating point in [0, 1]"
 
 # Modes whose pixels are taken as they are: 8 bits in 1, 3 or 4 channels with R, G, B first.
 _DIRECT_MODES = frozenset({"L", "RGB", "RGBA", "RGBX"})
@@ -191,11 +201,20 @@ def _from_file(
             raise _decoder_failure(name, error) from error
         with image:
             pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
+            most = min(MAX_PIXELS, _PIXELS_OF_FORMAT.get(image.format or "", MAX_PIXELS))
+            if pixels > most:
+                advice = (
+                    ""
+                    if most < MAX_PIXELS
+                    else (", or raise efficientad_fast.data.decode.MAX_PIXELS where the file is trusted")
+                )
                 raise ImageError(
-                    f"{name}: claims {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are "
-                    f"taken; cut the image into parts, or raise efficientad_fast.data.decode.MAX_PIXELS where the file "
-                    f"is trusted"
+                    f"{name}: claims {image.width} x {image.height} pixels, more than the {most:,} that are taken; cut "
+                    f"the image into parts{advice}"
+                )
+            if image.format in ("JPEG", "MPO") and _has_more_scans(file, MAX_SCANS):
+                raise ImageError(
+                    f"{name}: has more than {MAX_SCANS} scans, which cameras' files have not; save the image again"
                 )
             with _large if pixels >= _LARGE_PIXELS else contextlib.nullcontext():
                 decoded = _from_pillow(image, name, layout, max_value, apply_exif)
@@ -259,17 +278,55 @@ def _identified(file: io.BufferedReader) -> ImageFile.ImageFile:
     start = file.read(16)
     for name in FORMATS:
         factory, accepts = Image.OPEN.get(name, (None, None))
-        accepted = factory is not None and (accepts is None or accepts(start))
-        # Text in place of an answer says that Pillow was built without the reader.
-        if factory is None or not accepted or isinstance(accepted, str):
-            continue
-        file.seek(0)
         try:
+            accepted = factory is not None and (accepts is None or accepts(start))
+            # Text in place of an answer says that Pillow was built without the reader.
+            if factory is None or not accepted or isinstance(accepted, str):
+                continue
+            file.seek(0)
             # Without a name, for a reader that knows it maps the file into memory.
             return factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue
     raise UnidentifiedImageError
+
+
+def _has_more_scans(file: io.BufferedReader, most: int) -> bool:
+    """Whether a JPEG file has more scans, up to its end. The file is left where it was."""
+    before = file.seek(0, os.SEEK_CUR)
+    file.seek(2)
+    scans, data, at = 0, b"", 0
+
+    def read_on() -> bool:
+        nonlocal data, at
+        more = file.read(2**20)
+        data, at = data[at:] + more, 0
+        return bool(more)
+
+    try:
+        while scans <= most:
+            found = _JPEG_MARKER.search(data, at)
+            if found is None:
+                at = max(at, len(data) - 1)  # which may be a marker's first byte
+                if not read_on():
+                    break
+                continue
+            at = found.end()
+            marker = data[at - 1]
+            if marker == 0xD9:
+                break
+            if marker in (0x01, 0xD8):
+                continue
+            scans += marker == 0xDA
+            if len(data) < at + 2:
+                read_on()
+            at += max(int.from_bytes(data[at : at + 2]), 2)
+            if at > len(data):
+                file.seek(at - len(data), os.SEEK_CUR)
+                data, at = b"", 0
+    finally:
+        file.seek(before)
+    return scans > most
 
 
 def _has_more(image: Image.Image) -> bool:
@@ -350,6 +407,8 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _from_tensor(tensor: Tensor, layout: _Layout, max_value: int | None) -> Tensor:
+    if tensor.is_nested:
+        raise ImageError("a nested tensor: give its images one by one, as in tensor.unbind()")
     name = f"tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise ImageError(f"{name}: is sparse, quantized or without data; expected a dense tensor that holds an image")
@@ -362,7 +421,10 @@ def _from_tensor(tensor: Tensor, layout: _Layout, max_value: int | None) -> Tens
         raise ImageError(f"{name}: expected (H, W), or (C, H, W) with 1, 3 or 4 channels{hint}")
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.to(torch.float32)
-    array = tensor.numpy(force=True)
+    try:
+        array = tensor.numpy(force=True)
+    except (RuntimeError, TypeError) as error:
+        raise ImageError(f"{name}: {_KNOWN_DTYPES}; cast to the one that fits the values") from error
     return _from_pixels(array.transpose(1, 2, 0) if array.ndim == 3 else array, name, layout, max_value)
 
 
@@ -395,7 +457,7 @@ def _from_pixels(pixels: NDArray[np.generic], name: str, layout: _Layout, max_va
     if kind == "f":
         return _from_floats(pixels, name, layout)
     raise ImageError(
-        f"{name}: expected uint8, uint16 with max_value, or floating point in [0, 1]"
+        f"{name}: {_KNOWN_DTYPES}"
         + ("; multiply a mask by 255 as uint8" if kind == "b" else "; cast to the one that fits the values")
     )
 

@@ -135,7 +135,7 @@ class _State:
         self._parameters, self._networks = _adopted(model)
         self._quantiles: _Remembered[list[float] | None] = _Remembered()
         self._statistics: _Remembered[tuple[Tensor, Tensor]] = _Remembered()
-        self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._normalisation: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._warned: set[str] = set()
 
     def warn_once(self, reason: str) -> None:
@@ -179,10 +179,12 @@ class _State:
         return self._result(pred_score=scores.unsqueeze(1), anomaly_map=anomaly_map)
 
     def _normalised_by(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._normalisation:
+        # As anomalib makes them, in the default dtype, which Lightning sets where it computes in float64.
+        key = (device, torch.get_default_dtype())
+        if key not in self._normalisation:
             mean, std = (torch.tensor(one, device=device).view(1, 3, 1, 1) for one in (IMAGENET_MEAN, IMAGENET_STD))
-            self._normalisation[device] = (mean, std)
-        return self._normalisation[device]
+            self._normalisation[key] = (mean, std)
+        return self._normalisation[key]
 
 
 def _dtype(asked: torch.dtype | None, source: PlanInput, weight: Tensor) -> torch.dtype:

@@ -19,12 +19,10 @@ from efficientad_fast.interop.unpickling import Record, shown
 from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.networks import Autoencoder, PatchDescriptionNetwork
+from efficientad_fast.reference.preprocess import LARGEST_SIDE
 
 DEFAULT_SIZE = (256, 256)
 """What ``EfficientAd`` resizes to where it is not told otherwise."""
-
-LARGEST_SIDE = 8192
-"""Of the images that a checkpoint may ask for."""
 
 
 def state_of(file: TorchFile) -> dict[str, TensorRecord] | None:

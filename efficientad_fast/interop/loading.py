@@ -86,7 +86,7 @@ def load_elsewhere(
     Raises:
         DetectorFileError: it cannot be read, or a detector needs what neither it nor ``supplied`` has.
     """
-    paths = _files(source)
+    paths = detector_files(source)
     parts = _read(paths, supplied)
     mean = parts.teacher_mean if supplied.teacher_mean is None else supplied.teacher_mean.detach().flatten().float()
     std = parts.teacher_std if supplied.teacher_std is None else supplied.teacher_std.detach().flatten().float()
@@ -184,7 +184,9 @@ def read_supplied(path: Path) -> Supplied:
     else:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, RecursionError, ValueError) as error:
+        except OSError as error:
+            raise DetectorFileError(f"{path} cannot be read ({error.strerror or error}). Check the path.") from error
+        except (RecursionError, ValueError) as error:
             raise DetectorFileError(f"{path} is neither JSON nor written by torch.save ({error}).") from error
     if not isinstance(values, dict) or not values or not set(values) <= set(known):
         raise InputError(f"{path} must hold some of {', '.join(known)}, and nothing else.")
@@ -227,23 +229,31 @@ def _numbers(value: Any) -> Tensor:
     raise ValueError(f"more than {_MOST_NUMBERS} of them")
 
 
-def _files(source: Source) -> list[Path]:
+def detector_files(source: Source) -> list[Path]:
+    """The files that a detector is loaded from: ``source`` itself, or of a folder those that hold one.
+
+    Raises:
+        DetectorFileError: there are none in the folder, or those of several detectors.
+    """
     if not isinstance(source, str | os.PathLike):
         return [Path(one) for one in source]
     path = Path(source)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112  Path's raises where a folder may not be searched
         return [path]
-    found = fork.find_files(path)
-    if found:
-        return found
+    networks = fork.find_files(path)
     checkpoints = [path / one for one in _CHECKPOINTS if (path / one).is_file()] or sorted(path.glob("*.ckpt"))
+    if networks and not checkpoints:
+        return networks
     if not checkpoints:
+        own = ", ".join(str(one) for one in sorted(path.glob("*.safetensors"))[:9])
         raise DetectorFileError(
-            f"{path} holds no detector: neither the files {', '.join(f'{role}_*.pth' for role in fork.ROLES)} of the "
-            "widely used PyTorch implementation, nor a checkpoint (.ckpt) of anomalib. Give the file itself."
+            f"{path} holds no detector that was made elsewhere: neither the files "
+            f"{', '.join(f'{role}_*.pth' for role in fork.ROLES)} of the widely used PyTorch implementation, nor a "
+            f"checkpoint (.ckpt) of anomalib. Give the file itself{': ' + own if own else ''}."
         )
-    if len(checkpoints) > 1:
-        raise DetectorFileError(f"{path} holds several checkpoints: {', '.join(map(str, checkpoints))}. Give one.")
+    if len(checkpoints) > 1 or networks:
+        several = ", ".join(map(str, [*networks, *checkpoints]))
+        raise DetectorFileError(f"{path} holds several detectors: {several}. Give the files of one.")
     return checkpoints[:1]
 
 

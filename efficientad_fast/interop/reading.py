@@ -11,7 +11,6 @@ import math
 import os
 import struct
 import sys
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,16 @@ import torch
 from torch import Tensor
 
 from efficientad_fast.errors import DetectorFileError
-from efficientad_fast.interop.unpickling import Name, Rebuild, read_pickle
+from efficientad_fast.interop.unpickling import Name, Rebuild, read_pickle, shown
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 """How files begin."""
+
+_TAR = slice(257, 262), b"ustar"
+"""Where tar files say what they are. Nothing else is looked at: they may be compressed, and declare any size."""
 
 _MOST_AT_ONCE = 4 * 2**20
 """Bytes that are read at once of what is not a tensor; a zip file's table of contents comes so."""
@@ -122,14 +124,15 @@ class TorchFile:
 
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is one of ``torch.save`` by its first bytes, which no safetensors file has, or by its name."""
+    """Whether a file is one of ``torch.save`` by its first bytes, or by its name if it is no safetensors file."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  Path's raises where a folder may not be searched
         return False
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(9)
     is_stream = start[:1] == _PICKLE and start[2:3] in (b"\x8a", b"\x95")
-    return start == _ZIP or is_stream or path.suffix in (".pth", ".pt", ".ckpt")
+    is_named_so = path.suffix in (".pth", ".pt", ".ckpt") and start[8:] != b"{"
+    return start[:4] == _ZIP or is_stream or is_named_so
 
 
 @contextlib.contextmanager
@@ -140,19 +143,24 @@ def open_torch_file(path: str | os.PathLike[str]) -> Iterator[TorchFile]:
         DetectorFileError: the file is missing, damaged, or something else.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  as above
         raise DetectorFileError(f"There is no file {path}. Check the path.")
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(512)
         file.seek(0)
-        if start == _ZIP:
+        if start[:4] == _ZIP:
             yield _open_zip(file, str(path))
         elif start[:1] == _PICKLE:
             yield _open_stream(file, str(path))
-        elif tarfile.is_tarfile(path):
+        elif start[_TAR[0]] == _TAR[1]:
             raise DetectorFileError(
                 f"{path} is a file of PyTorch before 0.2, which is not read here. Load it with that PyTorch, and save "
                 "the state dict with a new one."
+            )
+        elif start[8:9] == b"{":
+            raise DetectorFileError(
+                f"{path} is a safetensors file, and one of torch.save is needed here. A detector of this package needs "
+                "no converting."
             )
         else:
             raise DetectorFileError(f"{path} was not written by torch.save. Check the path, or copy it again.")
@@ -186,7 +194,8 @@ def _open_zip(file: BinaryIO, source: str) -> TorchFile:
         raise _damaged(source, error) from error
     names = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(names) != 1:
-        raise DetectorFileError(f"{source} is a zip file, but not of torch.save: there is no data.pkl in it.")
+        held = "several" if names else "no"
+        raise DetectorFileError(f"{source} is a zip file, but not of torch.save: there is {held} data.pkl in it.")
     prefix = names[0].removesuffix("data.pkl")
     if f"{prefix}constants.pkl" in archive.NameToInfo:
         raise DetectorFileError(
@@ -199,14 +208,14 @@ def _open_zip(file: BinaryIO, source: str) -> TorchFile:
         nonlocal left
         entry = archive.NameToInfo.get(name)
         if entry is None:
-            raise DetectorFileError(f"{source} is damaged: {name} is not in it. Copy it again, or save it again.")
+            raise _damaged(source, f"{name} is not in it")
         # Nothing that torch.save writes is compressed, and nothing is there twice.
         left -= entry.file_size
         is_stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
         if not is_stored or entry.header_offset + entry.file_size > file_bytes or left < 0:
             raise DetectorFileError(
-                f"{source} is not as torch.save writes files: {name}, of {entry.file_size} bytes, is compressed, or "
-                "larger than the file."
+                f"{source} is not as torch.save writes files: {shown(name)}, of {entry.file_size} bytes, is "
+                "compressed, or larger than the file."
             )
         found = bytearray(entry.file_size)
         try:
@@ -358,7 +367,7 @@ def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
 
 def _require_byte_order(source: str, order: str) -> None:
     if order != "little" or sys.byteorder != "little":
-        raise DetectorFileError(f"{source} has {order}-endian numbers, but little-endian ones are read here.")
+        raise DetectorFileError(f"{source} has {shown(order)}-endian numbers, but little-endian ones are read here.")
 
 
 def _require_bytes(source: str, storage: StorageRecord, found: int) -> None:
@@ -368,4 +377,4 @@ def _require_bytes(source: str, storage: StorageRecord, found: int) -> None:
 
 
 def _damaged(source: str, reason: object) -> DetectorFileError:
-    return DetectorFileError(f"{source} is damaged ({reason}). Copy it again, or save it again.")
+    return DetectorFileError(f"{source} is damaged ({shown(str(reason))}). Copy it again, or save it again.")

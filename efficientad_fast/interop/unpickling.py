@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from efficientad_fast.errors import DetectorFileError
+from efficientad_fast.files import printable
 
 MOST_BYTES = 16 * 2**20
 """Of one pickle; a checkpoint's, whose tensors are beside it, has some kilobytes."""
@@ -81,7 +82,7 @@ def read_pickle(file: BinaryIO, source: str, rebuild: Mapping[Name, Rebuild], pe
         if isinstance(error, DetectorFileError):
             raise DetectorFileError(f"{source}: {error}") from error
         raise DetectorFileError(
-            f"{source} holds no pickle that can be read, or it is damaged ({error}). Copy it again, or save it again."
+            f"{source} holds no pickle that can be read, or it is damaged. Copy it again, or save it again."
         ) from error
 
 
@@ -266,12 +267,12 @@ def _is_plain_key(key: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Of plain data in a few letters, for errors; of everything else, what it is."""
+    """Of plain data in a few letters, for errors, without what steers a terminal; of everything else, what it is."""
     if isinstance(value, list | tuple) and len(value) <= 4 and not any(isinstance(one, list | tuple) for one in value):
         return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, Record):
         return f"a {shown(value.kind or 'record')}"
     if isinstance(value, str):
-        return value if len(value) <= 40 else f"{value[:40]}..."
+        return printable(value[:80]) + ("..." if len(value) > 80 else "")
     is_small = value is None or (type(value) in _SMALL and abs(value) < 2**63)
     return str(value) if is_small else f"a {type(value).__name__}"

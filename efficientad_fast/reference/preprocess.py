@@ -18,6 +18,9 @@ from efficientad_fast.reference.networks import SMALLEST_SIDE
 Resize = Literal["antialias", "pillow"]
 """How an image is brought to the network size, see :func:`preprocess`."""
 
+LARGEST_SIDE = 8192
+"""Of a network's input, in pixels: what a file asks for must not take all memory."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -41,10 +44,12 @@ def check_network_size(size: tuple[int, int]) -> tuple[int, int]:
     """Return ``size``, (height, width) in pixels, as plain integers where the networks admit it.
 
     Raises:
-        InputError: ``size`` is not a pair of positive integers, or a side is below 256. The message names the
-            smallest admissible size.
+        InputError: ``size`` is not a pair of positive integers, or a side is below 256 or above 8192. The message
+            names the smallest admissible size.
     """
     height, width = _checked_size(size)
+    if max(height, width) > LARGEST_SIDE:
+        raise InputError(f"network size {height} x {width}: each side may be {LARGEST_SIDE} at most")
     if min(height, width) < SMALLEST_SIDE:
         raise InputError(
             f"network size {height} x {width} (height x width) is too small: each side must be at least "
