@@ -5,7 +5,9 @@ Written from SPEC's tables. ``tests/interop/parity.py`` compares it, and this pa
 
 from __future__ import annotations
 
+import enum
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,12 @@ from efficientad_fast.reference.networks import Decoder as OurDecoder
 from efficientad_fast.reference.networks import Encoder
 
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Of the default dtype or a wider one, as the numbers are made in that."""
+    mean, std = (one.to(x.device, torch.get_default_dtype()) for one in (MEAN, STD))
+    return (x - mean) / std
 
 
 class InferenceBatch(NamedTuple):
@@ -46,7 +54,7 @@ class PatchDescriptionNetwork(nn.Module):
         self.avgpool2 = nn.AvgPool2d(2, 2, padding=pad)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.avgpool1(F.relu(self.conv1((x - MEAN.to(x)) / STD.to(x))))
+        x = self.avgpool1(F.relu(self.conv1(normalised(x))))
         x = self.avgpool2(F.relu(self.conv2(x)))
         *hidden, last = [layer for layer in self.children() if isinstance(layer, nn.Conv2d)][2:]
         for layer in hidden:
@@ -71,7 +79,7 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(out_channels, padding)
 
     def forward(self, x: Tensor, size: Any) -> Tensor:
-        result: Tensor = self.decoder(self.encoder((x - MEAN.to(x)) / STD.to(x)), size)
+        result: Tensor = self.decoder(self.encoder(normalised(x)), size)
         return result
 
 
@@ -172,6 +180,28 @@ def checkpoint(model: EfficientAdModel, model_size: str = "small", **changes: An
             "pixel_sensitivity": 0.5,
         },
     } | changes
+
+
+class InterpolationMode(enum.Enum):
+    """As torchvision's, which pickles by its value."""
+
+    BILINEAR = "bilinear"
+
+
+class Resize(nn.Module):
+    """What torchvision's has that anomalib before 2.7 pickles."""
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        self.size, self.interpolation, self.max_size, self.antialias = size, InterpolationMode.BILINEAR, None, True
+
+
+class Compose(nn.Module):
+    """What torchvision's has that anomalib before 2.7 pickles."""
+
+    def __init__(self, transforms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.transforms = transforms
 
 
 def with_numbers(checkpoint: dict[str, Any], **numbers: float) -> dict[str, Any]:

@@ -118,6 +118,19 @@ def test_an_image_without_its_batch_and_float64_go_through_a_plan_too(runs: list
     assert runs
 
 
+def test_where_float64_is_the_default_it_computes_in_it(runs: list[int]) -> None:
+    """As in Lightning's Trainer with precision="64-true"."""
+    model = accelerate(filled())
+    runs.clear()
+    assert_same(model, images())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same(model.double(), images())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert runs == [1, 1]
+
+
 def test_changes_of_weights_statistics_and_quantiles_are_noticed(runs: list[int]) -> None:
     model = accelerate(filled())
     batch = images()

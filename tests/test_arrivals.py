@@ -274,6 +274,14 @@ def test_following_a_folder(tmp_path: Path) -> None:
     ]
     assert sorted(Path(row["path"]).name for row in table(out) if not row["error"]) == ["0.png", "1.png", "2.png"]
 
+    # A restart that is ended at once leaves the failure as it is. A folder that arrives is none.
+    following = Following(model, "--follow", folder, "--out", out)
+    following.wait(lambda: any("following" in line for line in following.told))
+    (folder / "folder.png").mkdir()
+    time.sleep(1)
+    following.end()
+    assert [Path(row["path"]).name for row in table(out) if row["error"]] == ["cut.png"]
+
     # A restart does what is new, and what had failed.
     (folder / "cut.png").write_bytes(whole)
     image("3.png")

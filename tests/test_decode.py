@@ -344,6 +344,15 @@ def test_permission_denied_to_another_user(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize("content", [b"ab", b"x", b"\xff\xd8", b"BM", b"P5"])
+def test_files_of_a_few_bytes_are_no_images(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"not an image|truncated or damaged") as caught:
+        decode_image(path)
+    assert "buffer" not in str(caught.value)
+
+
 def test_decompression_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "bomb.png", Image.new("L", (100, 100)))
     monkeypatch.setattr(decode, "MAX_PIXELS", 9999)
@@ -373,6 +382,54 @@ def test_a_small_file_that_claims_a_huge_size_is_refused_before_memory_is_taken(
         assert decode_image(path).shape == (3, 1, 1)
     except ImageError as error:
         assert "bomb.png: truncated or damaged" in str(error)
+
+
+def scans(count: int, side: int = 8) -> bytes:
+    """A progressive JPEG file whose last scan is there so many times more, and a camera's data behind its end."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(colours(side, side)).convert("L")
+    image.save(buffer, "JPEG", progressive=True, comment=b"\xff\xda" * 200)
+    content = buffer.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * (count + 1) + content[-2:] + b"\xff\xda" * 200
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_jpeg_files_of_many_scans_are_refused(tmp_path: Path, suffix: str) -> None:
+    """Each of a few bytes takes as long as the whole image."""
+    path = tmp_path / f"image.{suffix}"
+    path.write_bytes(scans(decode.MAX_SCANS))
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        decode_image(path)
+    path.write_bytes(scans(decode.MAX_SCANS // 2))
+    assert decode_image(path).shape == (3, 8, 8)
+
+
+def test_scans_are_counted_wherever_they_lie_in_the_file(tmp_path: Path) -> None:
+    """Some lie across the ends of what is read at once."""
+    for padding in (2**20 - 700, *range(2**20 - 620, 2**20 - 560, 7), 2**20):
+        whole = scans(5)
+        pieces = [b"\xff\xfe" + (2**16 - 1).to_bytes(2, "big") + bytes(2**16 - 3)] * (padding // (2**16 + 1))
+        rest = padding - sum(map(len, pieces))
+        if rest >= 4:
+            pieces.append(b"\xff\xfe" + (rest - 2).to_bytes(2, "big") + bytes(rest - 4))
+        (tmp_path / "image.jpg").write_bytes(whole[:2] + b"".join(pieces) + whole[2:])
+        with (tmp_path / "image.jpg").open("rb") as file:
+            file.seek(9)
+            found = next(most for most in range(99) if not decode._has_more_scans(file, most))
+            assert (found, file.tell()) == (6 + 5, 9)
+
+
+def test_jpeg_2000_files_may_have_fewer_pixels(tmp_path: Path) -> None:
+    path = saved(tmp_path / "image.jp2", Image.new("L", (64, 64)))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\xff\x51") + 6  # what the picture and its tiles measure
+    content[at : at + 8] = content[at + 16 : at + 24] = struct.pack(">2I", 20_000, 20_000)
+    header = content.index(b"ihdr") + 4
+    content[header : header + 8] = struct.pack(">2I", 20_000, 20_000)
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match="claims 20000 x 20000 pixels, more than the 134,217,728 that are taken"):
+        decode_image(path)
 
 
 HUGE = """
@@ -772,6 +829,8 @@ def test_values_that_are_not_finite(kind: str, value: float) -> None:
         (torch.zeros(4, 4, dtype=torch.complex64), "expected uint8"),
         (torch.zeros(3, 4, 4, device="meta"), "without data"),
         (torch.zeros(3, 4, 4).to_sparse(), "sparse"),
+        (torch.zeros(3, 4, 4).to(torch.float8_e4m3fn), "expected uint8, uint16.*cast"),
+        (torch.nested.nested_tensor([torch.zeros(3, 4, 4)]), "nested"),
         (None, "an image is a NoneType; expected a path"),
         (b"\x89PNG", r"an image is a bytes.*PIL\.Image\.open\(io\.BytesIO"),
         ([[1, 2], [3, 4]], "an image is a list"),

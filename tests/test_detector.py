@@ -191,8 +191,14 @@ def test_fields_that_do_not_fit_are_refused(detector: Detector) -> None:
         detector.replaced(autoencoder=Autoencoder(8, padding=True))
     with pytest.raises(InputError, match="threshold must be a number"):
         detector.replaced(threshold=math.nan)
-    with pytest.raises(InputError, match="quantiles must have ends other than their starts"):
-        detector.replaced(quantiles=Quantiles(0.1, 0.1, 0.2, 0.3))
+    for quantiles in (Quantiles(0.1, 0.1, 0.2, 0.3), Quantiles(0.1, 0.2, 0.3, 0.2)):
+        with pytest.raises(InputError, match="quantiles must have ends above their starts"):
+            detector.replaced(quantiles=quantiles)
+    for value in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match="teacher_std must be finite and above 0"):
+            detector.replaced(teacher_std=torch.full_like(detector.teacher_std, value))
+    with pytest.raises(InputError, match="teacher_mean must be finite"):
+        detector.replaced(teacher_mean=torch.full_like(detector.teacher_mean, math.nan))
     with pytest.raises(InputError, match="quantiles must be finite"):
         detector.replaced(quantiles=Quantiles(0.1, math.inf, 0.2, 0.3))
 

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from anomalib_networks import (
     QUANTILES,
+    Compose,
     EfficientAdModel,
+    Resize,
     checkpoint,
     fill,
     saved,
@@ -35,6 +37,7 @@ from typer.testing import CliRunner, Result
 from efficientad_fast import Detector, Preprocessing, cli
 from efficientad_fast.errors import DetectorFileError, InputError
 from efficientad_fast.interop import fork
+from efficientad_fast.interop.loading import Supplied, load_elsewhere
 from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.reference.preprocess import normalise
 from efficientad_fast.weights import load_teacher
@@ -44,6 +47,7 @@ IMAGE = (60, 90)
 EXPECTED = json.loads((Path(__file__).parent / "interop" / "expected.json").read_text())
 
 ROLES = ("teacher", "student", "autoencoder")
+NUMBERS = {"q_st_start": 0.5, "q_st_end": 3.0, "q_ae_start": 0.25, "q_ae_end": 2.0}
 
 
 @pytest.fixture(autouse=True)
@@ -364,6 +368,40 @@ def test_a_size_other_than_the_default_comes_along(tmp_path: Path) -> None:
     assert Detector.load(path).size == (320, 288)
 
 
+def of_anomalib_1(model: EfficientAdModel, transform: Any, threshold: float = 1.5) -> dict[str, Any]:
+    content = checkpoint(model, transform=transform)
+    for name in [name for name in content if name.startswith("anomalib_")]:
+        del content[name]
+    state = {name: value for name, value in content["state_dict"].items() if not name.startswith("post_processor.")}
+    name = "anomalib.metrics.threshold.f1_adaptive_threshold.F1AdaptiveThreshold"
+    state |= {"image_threshold_class": name, "image_threshold.value": torch.tensor(threshold)}
+    return content | {"state_dict": state}
+
+
+def test_checkpoints_of_anomalib_1(tmp_path: Path) -> None:
+    """Held to anomalib itself in tests/interop/parity_1.py."""
+    path = saved(of_anomalib_1(filled(), Compose([Resize([320, 288])])), tmp_path / "model.ckpt")
+    detector = Detector.load(path)
+    assert detector.size == (320, 288) and detector.threshold == pytest.approx(1.5)
+    score = detector.predict(seeded_images(1)[0]).score
+    saved(of_anomalib_1(filled(), Resize([320, 288]), score), path)
+    # An image is anomalous whose score is the threshold.
+    assert Detector.load(path).predict(seeded_images(1)[0]).label
+    for transform, named in ((None, "nothing"), (Compose([Resize([320, 288]), nn.ReLU()]), "Resize, ReLU")):
+        saved(of_anomalib_1(filled(), transform), path)
+        with pytest.raises(DetectorFileError, match=f"the network size.*{named}"):
+            Detector.load(path)
+
+
+def test_checkpoints_that_do_not_say_how_images_are_resized_need_to_be_told(tmp_path: Path) -> None:
+    content = of_anomalib_1(filled(), None)
+    del content["transform"]
+    path = saved(content, tmp_path / "model.ckpt")
+    with pytest.raises(DetectorFileError, match=r"the network size.*does not say.*size= .*--size"):
+        Detector.load(path)
+    assert Detector.load(path, size=(256, 320)).size == (256, 320)
+
+
 def test_a_bare_state_dict_of_anomalib_s_torch_model_needs_to_be_told_the_padding(tmp_path: Path) -> None:
     path = saved(filled(padding=True).state_dict(), tmp_path / "model.pt")
     with pytest.raises(DetectorFileError, match=r"whether the networks pad.*padding= .*--no-padding"):
@@ -382,9 +420,32 @@ def test_other_checkpoints_are_named(tmp_path: Path) -> None:
         Detector.load(Path(__file__).parent / "interop")
 
 
+def test_what_is_none_is_named(tmp_path: Path) -> None:
+    for path in ("", None, 3, b"model.pth"):
+        with pytest.raises(InputError, match="path must be"):
+            Detector.load(path)  # type: ignore[arg-type]
+    for name in ("model.onnx", "model.xml"):
+        (tmp_path / name).write_bytes(b"<?xml version='1.0'?>")
+        with pytest.raises(DetectorFileError, match="exported model"):
+            Detector.load(tmp_path / name)
+    small_detector().save(tmp_path / "own.safetensors")
+    with pytest.raises(DetectorFileError, match=r"Give the file itself: .*own\.safetensors"):
+        Detector.load(tmp_path)
+
+
+def test_a_folder_of_two_detectors_is_refused(tmp_path: Path) -> None:
+    folder = fork_folder(tmp_path / "out", fork_networks())
+    saved(checkpoint(filled()), folder / "model.ckpt")
+    with pytest.raises(DetectorFileError, match=r"several detectors: .*teacher_final\.pth.*model\.ckpt"):
+        Detector.load(folder, quantiles=Q, threshold=1.0, **STATISTICS)
+
+
 def test_a_detector_of_this_package_needs_nothing_else(tmp_path: Path) -> None:
-    path = small_detector().save(tmp_path / "model.safetensors")
-    assert Detector.load(path).threshold == 0.25
+    for name in ("model.safetensors", "model.pt", "model.pth", "model.ckpt"):
+        path = small_detector().save(tmp_path / name)
+        assert Detector.load(path).threshold == 0.25
+    with pytest.raises(DetectorFileError, match=r"safetensors file.*no converting"):
+        load_elsewhere(path, Supplied())
     with pytest.raises(InputError, match="leave out threshold"):
         Detector.load(path, threshold=1.0)
 
@@ -433,10 +494,9 @@ def test_convert_says_what_is_missing_and_takes_it_from_a_file(tmp_path: Path) -
     out = tmp_path / "model.safetensors"
     result = _run("convert", folder, "--out", out)
     assert result.exit_code == 2 and "the teacher's mean and std, quantiles" in result.stderr and not out.exists()
-    numbers = {"q_st_start": 0.5, "q_st_end": 3.0, "q_ae_start": 0.25, "q_ae_end": 2.0}
     lists = {name: one.flatten().tolist() for name, one in STATISTICS.items()}
-    (tmp_path / "statistics.json").write_text(json.dumps(numbers | lists))
-    saved({name: torch.tensor(one) for name, one in numbers.items()} | STATISTICS, tmp_path / "statistics.pth")
+    (tmp_path / "statistics.json").write_text(json.dumps(NUMBERS | lists))
+    saved({name: torch.tensor(one) for name, one in NUMBERS.items()} | STATISTICS, tmp_path / "statistics.pth")
     for name in ("statistics.json", "statistics.pth"):
         result = _run("convert", folder, "--statistics", tmp_path / name, "--out", out)
         assert result.exit_code == 0, result.output
@@ -457,11 +517,18 @@ def test_convert_says_what_is_missing_and_takes_it_from_a_file(tmp_path: Path) -
         ('{"teacher_mean": "far"}', "numbers"),
         ('{"q_st_start": 1}', "all of q_st_start"),
         ('{"threshold": [1, 2]}', "one number"),
+        (json.dumps(NUMBERS | {"teacher_mean": [0] * CHANNELS, "teacher_std": [0] * CHANNELS}), "above 0"),
+        (
+            json.dumps(NUMBERS | {"q_st_end": 0, "teacher_mean": [0] * CHANNELS, "teacher_std": [1] * CHANNELS}),
+            "ends above their starts",
+        ),
+        (None, "cannot be read"),
     ],
 )
-def test_convert_refuses_statistics_that_are_none(tmp_path: Path, content: str, why: str) -> None:
+def test_convert_refuses_statistics_that_are_none(tmp_path: Path, content: str | None, why: str) -> None:
     folder = fork_folder(tmp_path / "out", fork_networks())
-    (tmp_path / "statistics.json").write_text(content)
+    if content is not None:
+        (tmp_path / "statistics.json").write_text(content)
     result = _run("convert", folder, "--statistics", tmp_path / "statistics.json", "--out", tmp_path / "m.safetensors")
     assert result.exit_code == 2 and why in result.stderr
 

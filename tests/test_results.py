@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from anomalib_networks import EfficientAdModel, checkpoint, fill, saved, with_numbers
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -161,6 +162,26 @@ def test_half_a_row_at_the_end_is_cut(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
+def test_an_emptied_table_begins_anew(tmp_path: Path) -> None:
+    with Results(tmp_path, RUN) as results:
+        results.add(good("a.png"), VERSION)
+    whole = (tmp_path / "predictions.csv").read_bytes()
+    for content in (b"", whole[:20]):
+        (tmp_path / "predictions.csv").write_bytes(content)
+        with Results(tmp_path, RUN) as results:
+            assert not results.is_done("a.png", VERSION)
+            results.add(good("a.png"), VERSION)
+        assert (tmp_path / "predictions.csv").read_bytes() == whole
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"kept")
+    for place in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(InputError, match="is a file, or in one"):
+            Results(place, RUN)
+    assert (tmp_path / "file").read_bytes() == b"kept"
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with Results(tmp_path, RUN), pytest.raises(InputError, match="Another process writes predictions"):
         Results(tmp_path, RUN)
@@ -284,6 +305,47 @@ def test_another_detector_needs_another_folder_or_restart(model: Path, images: P
     assert result.exit_code == 0 and len(table(out)) == 4
     assert [row["score"] for row in table(out)] != [row["score"] for row in before]
     assert run("predict", model, images, "--out", out, "--max-value", 4095).exit_code == 2
+
+
+def test_another_checkpoint_in_the_same_folder_is_another_detector(images: Path, tmp_path: Path) -> None:
+    inner, out = tmp_path / "latest" / "weights" / "lightning", tmp_path / "out"
+    inner.mkdir(parents=True)
+    for seed, code in ((0, 0), (1, 2)):
+        model = EfficientAdModel(6).eval()
+        fill(model, seed)
+        saved(with_numbers(checkpoint(model), _image_threshold=1.0), inner / "model.ckpt")
+        assert run("predict", tmp_path / "latest", images, "--out", out).exit_code == code
+
+
+@pytest.mark.parametrize("arguments", [[], ["--out", "out"]])
+def test_names_that_are_too_long_do_not_stop_the_others(
+    model: Path, images: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(images)
+    result = run("predict", model, "1.png", f"{'x' * 300}.png", "2.png", *arguments)
+    assert result.exit_code == 1 and "1 of 3 images failed" in result.stderr
+    assert [line.split("\t")[2] for line in result.stdout.splitlines()] == ["1.png", "2.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_may_not_be_searched_does_not_stop_the_others(model: Path, images: Path, tmp_path: Path) -> None:
+    (images / "closed").mkdir(mode=0o700)
+    (images / "0.png").rename(images / "closed" / "0.png")
+    paths = [images / "1.png", images / "closed" / "0.png", images / "2.png"]
+    for folder in (images, tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o777)
+    assert run("predict", model, *paths).exit_code == 0
+    told = tmp_path / "told"
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        result = run("predict", model, *paths)
+        told.write_text(f"{result.exit_code}\n{result.stderr}{result.stdout}")
+        os._exit(0)
+    os.waitpid(child, 0)
+    code, failed, count, *good = told.read_text().splitlines()
+    assert code == "1" and "closed/0.png: permission denied" in failed and count == "1 of 3 images failed."
+    assert [line.split("\t")[2] for line in good] == [str(paths[0]), str(paths[2])]
 
 
 def test_a_folder_of_results_inside_that_of_the_images_is_no_image(model: Path, images: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import bz2
 import copyreg
 import functools
 import io
@@ -338,6 +339,39 @@ def test_zip_bombs_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
     assert path.stat().st_size < 2**20
     with harmless(tmp_path), pytest.raises(DetectorFileError, match="compressed, or larger"):
         Detector.load(path)
+
+
+def _long_name(size: bytes, kind: bytes = b"L") -> bytes:
+    """A header of a tar file that declares so long a name."""
+    header = tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT)
+    header = header[:124] + size.ljust(12, b"\0") + b" " * 8 + kind + header[157:]
+    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+TARS: dict[str, bytes] = {
+    "compressed": bz2.compress(_long_name(b"7000000000") + bytes(2**27)),
+    "headers of headers": _long_name(b"0", b"x") * 5000,
+    "less than nothing": _long_name(b"\xff" * 11 + b"\0") + bytes(2**12),
+}
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_tar_files_are_not_looked_into(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(TARS[name])
+    with harmless(tmp_path), pytest.raises(DetectorFileError, match=r"PyTorch before 0\.2|not written by torch\.save"):
+        Detector.load(path)
+
+
+def test_errors_do_not_repeat_what_steers_a_terminal_or_is_long(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"\x1b[31mred\x07": 1}, path)
+    with pytest.raises(DetectorFileError, match=r"\\x1b\[31mred\\x07"):
+        Detector.load(path)
+    path.write_bytes(_zip_of(b"N.", byteorder=b"\x1b" * 2**20))
+    with pytest.raises(DetectorFileError, match="endian") as caught:
+        Detector.load(path)
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
 
 
 def test_a_tensor_whose_numbers_are_compressed_is_refused(tmp_path: Path) -> None:

@@ -123,13 +123,18 @@ def _threshold(
     """The score beyond which anomalib's post-processor calls an image anomalous; ``None`` where nothing set it.
 
     It maps scores so that its threshold becomes 0.5, with 1 for the range of the scores that it saw, and compares
-    them with 1 minus a sensitivity; without a range it compares scores as they are.
+    them with 1 minus a sensitivity; without a range it compares scores as they are. anomalib 1 has a threshold of
+    scores as they are.
     """
 
     def number(name: str) -> float:
         found = numbers(f"post_processor.{name}")
         return math.nan if found is None or found.numel() != 1 else float(found)
 
+    first = numbers("image_threshold.value")
+    if first is not None and first.numel() == 1:
+        # anomalib 1 calls an image anomalous whose score is the threshold, which is a score that it saw.
+        return float(torch.nextafter(first.float().squeeze(), torch.tensor(-math.inf)))
     enabled = _dictionary(checkpoint.get("anomalib_components_enabled")).get("post_processor", True)
     config = _dictionary(checkpoint.get("anomalib_post_processor_config"))
     older = hyper.get("post_processor")  # which was pickled, or False
@@ -172,6 +177,10 @@ def _preprocessing(checkpoint: Mapping[Any, Any], hyper: Mapping[Any, Any]) -> P
         transforms = _flat(_described(config.get("transform")))
     elif isinstance(older, Record):
         transforms = _flat(_recorded(_child(older, "transform")))
+    elif "transform" in checkpoint:  # anomalib 1
+        transforms = _flat(_recorded(checkpoint["transform"]))
+    elif "pytorch-lightning_version" in checkpoint and "pre_processor" not in hyper:  # anomalib 0
+        raise _OtherPreprocessing("the checkpoint does not say what it is")
     else:
         return Preprocessing(DEFAULT_SIZE)
     if [kind for kind, _ in transforms] != ["Resize"]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,24 +22,21 @@ from typing import Any
 import anomalib
 import numpy as np
 import torch
-from anomalib.data import Folder
+from anomalib.data import Folder, ImageBatch
 from anomalib.engine import Engine
 from anomalib.models import EfficientAd
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 import efficientad_fast
 from efficientad_fast import Detector
 from tests import anomalib_networks
 from tests.anomalib_networks import fill, seeded_images
-
-LIMITS = {"float64": 1e-5, "float32": 1e-4}
-"""Of norms: ``|ours - theirs| / |theirs|``, of maps and of scores."""
+from tests.interop.comparing import CASES, LIMITS, distance, finish, ours, saved, told
 
 EXPECTED = Path(__file__).with_name("expected.json")
-
-CASES = [(size, padding) for size in ("small", "medium") for padding in (False, True)]
 
 PIXELS = 16
 """Of each map that are recorded, spread over it."""
@@ -60,29 +56,13 @@ def main() -> None:
     if arguments.record:
         record()
         return
-    results = [one for name in arguments.only or CHECKS for one in CHECKS[name]()]
-    failed = [name for name, passed in results if not passed]
-    print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
-    sys.exit(1 if failed else 0)
-
-
-def told(name: str, passed: bool, what: str) -> tuple[str, bool]:
-    print(f"{'ok  ' if passed else 'FAIL'} {name}: {what}", flush=True)
-    return name, passed
+    finish(one for name in arguments.only or CHECKS for one in CHECKS[name]())
 
 
 def built(size: str, padding: bool, *, seed: int = 0, statistics: bool = True, **settings: Any) -> EfficientAd:
     model = EfficientAd(model_size=size, padding=padding, **settings)
     fill(model.model, seed, statistics=statistics)
     return model.eval()
-
-
-def saved(model: EfficientAd, path: Path) -> Path:
-    """By Lightning, as a training would."""
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1, enable_progress_bar=False)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(path)
-    return path
 
 
 @torch.no_grad()
@@ -92,17 +72,6 @@ def theirs(model: EfficientAd, images: np.ndarray, dtype: torch.dtype) -> tuple[
     # As Engine does it. The pre-processor's forward, which is for exported models, resizes without antialiasing.
     out = model.model.to(dtype)(model.pre_processor.transform(batch))
     return out.pred_score.flatten(), out.anomaly_map[:, 0]
-
-
-def ours(detector: Detector, images: np.ndarray, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    predictions = [detector.predict(image, dtype=dtype) for image in images]
-    return torch.tensor([one.score for one in predictions]), torch.from_numpy(
-        np.stack([one.anomaly_map for one in predictions])
-    )
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())
 
 
 def checkpoints() -> Iterator[tuple[str, bool]]:
@@ -214,6 +183,28 @@ def accelerated() -> Iterator[tuple[str, bool]]:
         error = max(distance(found.anomaly_map, expected.anomaly_map), distance(found.pred_score, expected.pred_score))
         same = type(found) is type(expected) and isinstance(model, EfficientAd)
         yield told(f"accelerated {size}, padding {padding}", same and error <= LIMITS["float32"], f"{error:.1e}")
+    scores = []
+    for fast in (False, True):
+        model = built("small", False)
+        model = efficientad_fast.accelerate(model) if fast else model
+        trainer = Trainer(precision="64-true", accelerator="cpu", logger=False, enable_checkpointing=False)
+        (found,) = trainer.predict(model, DataLoader(_Items(batch), collate_fn=lambda items: items[0]))
+        scores.append(found.pred_score)
+    error = distance(*scores)
+    yield told("accelerated, Trainer in float64", error <= LIMITS["float64"], f"{error:.1e}")
+
+
+class _Items(Dataset):
+    """A batch of images as anomalib's data sets give it."""
+
+    def __init__(self, batch: torch.Tensor) -> None:
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> ImageBatch:
+        return ImageBatch(image=self._batch)
 
 
 def sample_set(folder: Path) -> Folder:
