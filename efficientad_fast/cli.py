@@ -327,12 +327,6 @@ def predict(
         computed = detector.dtype_on(device, _dtype(dtype))
         detector.plan(device, computed)
         threshold = detector.precision(computed).threshold
-        run = {
-            "detector": _digest(model),
-            "dtype": dtype_name(computed),
-            "max_value": max_value,
-            "apply_exif": apply_exif,
-        }
 
         def stream(paths: list[Path]) -> Iterator[Prediction]:
             return detector.stream(paths, batch_size=batch_size, device=device, dtype=computed, decode=options)
@@ -342,7 +336,18 @@ def predict(
 
         counts = _Counts()
         try:
-            with _results(out, run, draw, restart=restart, most=2 * batch_size) as results:
+            with _results(
+                out,
+                lambda: {
+                    "detector": _digest(model),
+                    "dtype": dtype_name(computed),
+                    "max_value": max_value,
+                    "apply_exif": apply_exif,
+                },
+                draw,
+                restart=restart,
+                most=2 * batch_size,
+            ) as results:
                 if follow is not None:
                     _follow(follow, stream, results, counts)
                 else:
@@ -442,14 +447,14 @@ def _follow(
 
 @contextmanager
 def _results(
-    out: Path | None, run: Mapping[str, Any], draw: Draw, *, restart: bool, most: int
+    out: Path | None, run: Callable[[], Mapping[str, Any]], draw: Draw, *, restart: bool, most: int
 ) -> Iterator[Results | None]:
     from efficientad_fast.results import Results
 
     if out is None:
         yield None
         return
-    with Results(out, run, draw=draw, restart=restart, most=most) as results:
+    with Results(out, run(), draw=draw, restart=restart, most=most) as results:
         yield results
 
 

@@ -196,6 +196,14 @@ class Resize(nn.Module):
         self.size, self.interpolation, self.max_size, self.antialias = size, InterpolationMode.BILINEAR, None, True
 
 
+class Normalize(nn.Module):
+    """What torchvision's has that anomalib before 2.7 pickles."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std, self.inplace = mean, std, False
+
+
 class Compose(nn.Module):
     """What torchvision's has that anomalib before 2.7 pickles."""
 

@@ -18,6 +18,7 @@ from anomalib_networks import (
     QUANTILES,
     Compose,
     EfficientAdModel,
+    Normalize,
     Resize,
     checkpoint,
     fill,
@@ -387,10 +388,21 @@ def test_checkpoints_of_anomalib_1(tmp_path: Path) -> None:
     saved(of_anomalib_1(filled(), Resize([320, 288]), score), path)
     # An image is anomalous whose score is the threshold.
     assert Detector.load(path).predict(seeded_images(1)[0]).label
-    for transform, named in ((None, "nothing"), (Compose([Resize([320, 288]), nn.ReLU()]), "Resize, ReLU")):
+    others = (None, "nothing"), (Compose([Resize([320, 288]), nn.ReLU()]), "Resize, ReLU")
+    for transform, named in (*others, (Compose([Resize([320, 288]), Normalize([0.5], [0.5])]), r"mean=\[0\.5\]")):
         saved(of_anomalib_1(filled(), transform), path)
         with pytest.raises(DetectorFileError, match=f"the network size.*{named}"):
             Detector.load(path)
+
+
+def test_images_that_are_normalised_before_the_network_does_it(tmp_path: Path) -> None:
+    transform = Compose([Resize([256, 256]), Normalize([0.4, 0.5, 0.6], [0.3, 0.2, 0.1])])
+    detector = Detector.load(saved(of_anomalib_1(filled(), transform), tmp_path / "model.ckpt"))
+    image = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0))
+    first = (image - torch.tensor(transform.transforms[1].mean).view(3, 1, 1)) / torch.tensor(
+        transform.transforms[1].std
+    ).view(3, 1, 1)
+    assert_close(detector.preprocessing(image), normalise(first), tolerance("preprocess", torch.float32))
 
 
 def test_checkpoints_that_do_not_say_how_images_are_resized_need_to_be_told(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -67,7 +68,7 @@ def read_parts(
         preprocessing = _preprocessing(checkpoint, hyper) if size is None else Preprocessing(size)
     except _OtherPreprocessing as error:
         required.add(SIZE)
-        notes.append(f"Its preprocessing is not one resize, as this package's is: {error}.")
+        notes.append(f"Its preprocessing is not a resize, as this package's is: {error}.")
 
     def inside(name: str) -> dict[str, TensorRecord]:
         return {key.removeprefix(name): one for key, one in state.items() if key.startswith(name)}
@@ -167,7 +168,7 @@ class _OtherPreprocessing(Exception):
 
 
 def _preprocessing(checkpoint: Mapping[Any, Any], hyper: Mapping[Any, Any]) -> Preprocessing:
-    """Raises :class:`_OtherPreprocessing` with what it is where it is not one resize."""
+    """Raises :class:`_OtherPreprocessing` with what it is where it is not one resize, normalised after it or not."""
     enabled = _dictionary(checkpoint.get("anomalib_components_enabled")).get("pre_processor", True)
     config = checkpoint.get("anomalib_pre_processor_config")
     older = hyper.get("pre_processor")
@@ -183,7 +184,7 @@ def _preprocessing(checkpoint: Mapping[Any, Any], hyper: Mapping[Any, Any]) -> P
         raise _OtherPreprocessing("the checkpoint does not say what it is")
     else:
         return Preprocessing(DEFAULT_SIZE)
-    if [kind for kind, _ in transforms] != ["Resize"]:
+    if [kind for kind, _ in transforms] not in (["Resize"], ["Resize", "Normalize"]):
         raise _OtherPreprocessing(f"it is {', '.join(shown(kind) for kind, _ in transforms[:9]) or 'nothing'}")
     settings = transforms[0][1]
     size, interpolation = settings.get("size"), settings.get("interpolation", "bilinear")
@@ -195,9 +196,27 @@ def _preprocessing(checkpoint: Mapping[Any, Any], hyper: Mapping[Any, Any]) -> P
         told = ", ".join(f"{name}={shown(settings[name])}" for name in names if name in settings)
         raise _OtherPreprocessing(f"it is a Resize of {told}")
     try:
-        return Preprocessing(tuple(cast(Any, size)))
+        plain = Preprocessing(tuple(cast(Any, size)))
+        return plain if len(transforms) == 1 else _normalised(plain, transforms[1][1])
     except InputError as error:
         raise _OtherPreprocessing(str(error)) from error
+
+
+def _normalised(plain: Preprocessing, settings: Mapping[Any, Any]) -> Preprocessing:
+    """With a Normalize between resizing and the network's own normalisation, as anomalib 1.0 had by default."""
+    pairs = []
+    for name in ("mean", "std"):
+        values = settings.get(name)
+        if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_small, values)):
+            raise _OtherPreprocessing(f"it is a Normalize with {name}={shown(values)}")
+        pairs.append(values)
+    first, second = zip(*pairs, strict=True), zip(plain.mean, plain.std, strict=True)
+    mean, std = zip(*((a + b * m, b * s) for (a, b), (m, s) in zip(first, second, strict=True)), strict=True)
+    return replace(plain, mean=cast(Any, mean), std=cast(Any, std))
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 2**31
 
 
 def _is_side(value: Any) -> bool:
