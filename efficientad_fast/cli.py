@@ -390,9 +390,9 @@ def _predict_all(
 ) -> None:
     from efficientad_fast.data.arrivals import file_version
     from efficientad_fast.data.folders import list_images
+    from efficientad_fast.files import is_folder
 
-    # Path's raises where a folder may not be searched, and of names that are too long.
-    paths = [found for path in images for found in (list_images(path) if os.path.isdir(path) else [path])]  # noqa: PTH112
+    paths = [found for path in images for found in (list_images(path) if is_folder(path) else [path])]
     if results is None or out is None:
         for prediction in stream(paths):
             counts.tell(prediction)
@@ -459,7 +459,9 @@ def _results(
 
 
 def _same_folder(first: Path, second: Path) -> bool:
-    return os.path.isdir(first) and os.path.isdir(second) and first.samefile(second)  # noqa: PTH112
+    from efficientad_fast.files import is_folder
+
+    return is_folder(first) and is_folder(second) and first.samefile(second)
 
 
 def _digest(model: Path) -> str:

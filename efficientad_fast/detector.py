@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from efficientad_fast.data.decode import check_decode_options
 from efficientad_fast.data.folders import list_images
 from efficientad_fast.errors import DetectorFileError, ImageError, InputError
-from efficientad_fast.files import read_tensors, write_tensors
+from efficientad_fast.files import is_file, is_folder, read_tensors, write_tensors
 from efficientad_fast.plan import (
     DTYPES,
     Backend,
@@ -327,13 +327,13 @@ class Detector:
         is_one = isinstance(path, str | os.PathLike)
         if path == "" or not (is_one or (isinstance(path, Sequence) and not isinstance(path, bytes))):
             raise InputError(f"path must be that of a file or a folder, or those of three files, got {path!r}.")
-        if not isinstance(path, str | os.PathLike) or os.path.isdir(path) or is_torch_file(path):  # noqa: PTH112
+        if not isinstance(path, str | os.PathLike) or is_folder(path) or is_torch_file(path):
             loaded = load_elsewhere(path, supplied)
             for note in loaded.notes:
                 warnings.warn(note, UserWarning, stacklevel=2)
             return loaded.detector
         path = Path(path)
-        if not os.path.isfile(path):  # noqa: PTH113  Path's raises where a folder may not be searched
+        if not is_file(path):
             raise DetectorFileError(
                 f"No detector file at {path}. Train one with `efficientad-fast train DATA --out {path}`."
             )
@@ -788,8 +788,7 @@ def _arrange(images: ImageSource | Iterable[ImageSource]) -> tuple[bool, Iterabl
     """Whether ``images`` is a single one, and an iterable over it or them; a sequence where all are at hand."""
     if isinstance(images, str | os.PathLike):
         path = Path(images)
-        # Path's raises where a folder may not be searched, and of names that are too long.
-        return (False, list_images(path)) if os.path.isdir(path) else (True, [images])  # noqa: PTH112
+        return (False, list_images(path)) if is_folder(path) else (True, [images])
     if isinstance(images, Image.Image):
         return True, [images]
     if isinstance(images, np.ndarray | Tensor):

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,26 @@ def sync_folder(folder: Path) -> None:
 
 def printable(text: str) -> str:
     """With escapes for control characters, and for bytes of a file name that are not UTF-8; no two become one."""
-    return "".join(one if one.isprintable() and one != "\\" else one.encode("unicode_escape").decode() for one in text)
+    return _escaped(text, lambda one: one.isprintable() and one != "\\")
 
 
 def without_controls(text: str) -> str:
     """With escapes for control characters but line ends: what comes from a file must not steer a terminal."""
-    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+    return _escaped(text, lambda one: one.isprintable() or one == "\n")
+
+
+def _escaped(text: str, is_kept: Callable[[str], bool]) -> str:
+    return "".join(one if is_kept(one) else one.encode("unicode_escape").decode() for one in text)
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """As ``Path.is_dir``, but not raising where that cannot be known: no right to search a folder, too long a name."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """As ``Path.is_file``, but not raising, as :func:`is_folder`."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 @contextlib.contextmanager

@@ -305,6 +305,22 @@ def test_samples_refuse_a_folder_in_use(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_what_steers_a_terminal_is_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    detector = small_detector()
+    detector.replaced(provenance={"made_by": "\x1b[31m[red]you\x07"}).save(path)
+    result = _run("info", path)
+    assert "\\x1b[31m[red]you\\x07" in result.stdout and "\x1b" not in result.stdout
+    data = tmp_path / "set"
+    for folder in ("train/good", "test/good"):
+        (data / folder).mkdir(parents=True)
+        Image.new("RGB", (30, 40)).save(data / folder / "0.png")
+    (data / "test" / "good" / "\x1b[31m.png").write_bytes(b"no image")
+    result = _run("evaluate", path, data)
+    assert result.exit_code == 1
+    assert "\\x1b[31m.png: not an image" in result.stderr.replace("\n", " ") and "\x1b" not in result.stderr
+
+
 def test_info_reports_backends_and_the_teacher() -> None:
     text = _run("info")
     assert text.exit_code == 0

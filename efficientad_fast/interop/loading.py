@@ -17,6 +17,7 @@ from torch import Tensor
 from efficientad_fast.data.folders import open_dataset
 from efficientad_fast.detector import Detector
 from efficientad_fast.errors import DetectorFileError, InputError
+from efficientad_fast.files import is_folder
 from efficientad_fast.interop import anomalib, fork
 from efficientad_fast.interop.networks import HOW_GIVEN, QUANTILES, STATISTICS, Parts, network
 from efficientad_fast.interop.reading import TensorRecord, is_torch_file, open_torch_file
@@ -238,7 +239,7 @@ def detector_files(source: Source) -> list[Path]:
     if not isinstance(source, str | os.PathLike):
         return [Path(one) for one in source]
     path = Path(source)
-    if not os.path.isdir(path):  # noqa: PTH112  Path's raises where a folder may not be searched
+    if not is_folder(path):
         return [path]
     networks = fork.find_files(path)
     checkpoints = [path / one for one in _CHECKPOINTS if (path / one).is_file()] or sorted(path.glob("*.ckpt"))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from efficientad_fast.errors import DetectorFileError
+from efficientad_fast.files import is_file
 from efficientad_fast.interop.unpickling import Name, Rebuild, read_pickle, shown
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -126,7 +127,7 @@ class TorchFile:
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file is one of ``torch.save`` by its first bytes, or by its name if it is no safetensors file."""
     path = Path(path)
-    if not os.path.isfile(path):  # noqa: PTH113  Path's raises where a folder may not be searched
+    if not is_file(path):
         return False
     with path.open("rb") as file:
         start = file.read(9)
@@ -143,7 +144,7 @@ def open_torch_file(path: str | os.PathLike[str]) -> Iterator[TorchFile]:
         DetectorFileError: the file is missing, damaged, or something else.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # noqa: PTH113  as above
+    if not is_file(path):
         raise DetectorFileError(f"There is no file {path}. Check the path.")
     with path.open("rb") as file:
         start = file.read(512)
