@@ -317,6 +317,12 @@ def test_another_checkpoint_in_the_same_folder_is_another_detector(images: Path,
         assert run("predict", tmp_path / "latest", images, "--out", out).exit_code == code
 
 
+def test_an_empty_folder_is_told_before_anything_is_predicted(model: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run("predict", model, images, tmp_path / "empty")
+    assert result.exit_code == 2 and result.stdout == "" and "empty: no images here" in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [[], ["--out", "out"]])
 def test_names_that_are_too_long_do_not_stop_the_others(
     model: Path, images: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
@@ -339,11 +345,13 @@ def test_a_folder_that_may_not_be_searched_does_not_stop_the_others(model: Path,
     child = os.fork()
     if child == 0:
         os.setuid(65534)
-        result = run("predict", model, *paths)
-        told.write_text(f"{result.exit_code}\n{result.stderr}{result.stdout}")
+        whole, result = run("predict", model, images), run("predict", model, *paths)
+        told.write_text(f"{whole.exit_code} {whole.stdout}\n{result.exit_code}\n{result.stderr}{result.stdout}")
         os._exit(0)
     os.waitpid(child, 0)
-    code, failed, count, *good = told.read_text().splitlines()
+    whole, code, failed, count, *good = told.read_text().splitlines()
+    # A folder that may not be listed is told before anything is predicted.
+    assert whole == "2 "
     assert code == "1" and "closed/0.png: permission denied" in failed and count == "1 of 3 images failed."
     assert [line.split("\t")[2] for line in good] == [str(paths[0]), str(paths[2])]
 
