@@ -10,6 +10,16 @@ from efficientad_fast.dropin import predict
 from efficientad_fast.errors import EfficientADError
 from efficientad_fast.interop.accelerate import accelerate
 from efficientad_fast.preprocessing import Preprocessing
+from efficientad_fast.reference.maps import Quantiles
 from efficientad_fast.version import __version__
 
-__all__ = ["Detector", "EfficientADError", "Prediction", "Preprocessing", "__version__", "accelerate", "predict"]
+__all__ = [
+    "Detector",
+    "EfficientADError",
+    "Prediction",
+    "Preprocessing",
+    "Quantiles",
+    "__version__",
+    "accelerate",
+    "predict",
+]

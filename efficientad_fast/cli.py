@@ -58,6 +58,9 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 DeviceOption = Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(help="A detector made by `efficientad-fast train` or `convert`, or a model made elsewhere.")
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images that go through the networks together.")]
 DtypeOption = Annotated[
     str,
@@ -279,7 +282,7 @@ def _penalty_images(choice: str) -> PenaltyImages | None:
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A detector made by `efficientad-fast train`.")],
+    model: ModelArgument,
     images: Annotated[list[Path] | None, typer.Argument(help="Images and folders of images.")] = None,
     out: Annotated[
         Path | None,
@@ -312,6 +315,7 @@ def predict(
     """
     from efficientad_fast import native
     from efficientad_fast.detector import Detector, dtype_name
+    from efficientad_fast.files import is_folder
     from efficientad_fast.preprocessing import DecodeOptions
 
     with _told_plainly():
@@ -319,7 +323,8 @@ def predict(
             raise InputError("Give images and folders to predict, or --follow FOLDER: one of the two.")
         if restart and out is None:
             raise InputError("--restart drops the predictions in a folder: give it with --out.")
-        if out is not None and any(_same_folder(out, one) for one in [*(images or ()), *([follow] if follow else ())]):
+        folders = [one if is_folder(one) else one.parent for one in [*(images or ()), *([follow] if follow else ())]]
+        if out is not None and any(_same_folder(out, one) for one in folders):
             raise InputError(f"--out {out} is a folder of images; give another, such as {out / 'results'}.")
         native.keep_memory_together()
         detector = Detector.load(model)
@@ -327,6 +332,12 @@ def predict(
         computed = detector.dtype_on(device, _dtype(dtype))
         detector.plan(device, computed)
         threshold = detector.precision(computed).threshold
+        if threshold == math.inf and model.suffix == ".safetensors":  # of others, loading says it
+            errors.print(
+                f"note: {escape(str(model))} has no threshold: no image is called anomalous. Set one with "
+                "detector.replaced(threshold=...).save(path), or when it is converted.",
+                soft_wrap=True,
+            )
 
         def stream(paths: list[Path]) -> Iterator[Prediction]:
             return detector.stream(paths, batch_size=batch_size, device=device, dtype=computed, decode=options)
@@ -405,8 +416,11 @@ def _predict_all(
         )
     results.forget(path for path, _ in todo)
     for (_, version), prediction in zip(todo, stream([path for path, _ in todo]), strict=True):
-        counts.tell(prediction)
-        results.add(prediction, version)
+        try:
+            counts.tell(prediction)
+        finally:
+            # Interrupted meanwhile, too: whoever is told of it finds it in the table.
+            results.add(prediction, version)
 
 
 def _follow(
@@ -433,10 +447,12 @@ def _follow(
                     arrivals.again(arrival)
                     continue
                 arrivals.done(arrival)
-                counts.tell(prediction)
-                if results is not None:
-                    results.forget([arrival.path])
-                    results.add(prediction, version)
+                try:
+                    counts.tell(prediction)
+                finally:
+                    if results is not None:
+                        results.forget([arrival.path])
+                        results.add(prediction, version)
             if results is not None and not ready:
                 results.write()
     except KeyboardInterrupt:
@@ -493,7 +509,7 @@ def _write_overlay(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A detector made by `efficientad-fast train`.")],
+    model: ModelArgument,
     data: Annotated[Path, typer.Argument(help="Data set in MVTec AD or MVTec LOCO layout.")],
     report: Annotated[Path | None, typer.Option(help="Where the HTML report goes.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Where the figures go, as JSON.")] = None,
@@ -541,7 +557,7 @@ def _tell_emulated(dtype: torch.dtype, device: str) -> None:
 
 @app.command()
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="A detector made by `efficientad-fast train`.")],
+    model: ModelArgument,
     images: Annotated[Path, typer.Argument(help="Folder of good images that it was not trained on, or its data set.")],
     dtype: Annotated[str, typer.Option(help="'float8', 'float16' or 'bfloat16'.")],
     out: Annotated[Path | None, typer.Option(help="Where the detector goes, in place of its own file.")] = None,

@@ -335,7 +335,8 @@ class Detector:
         path = Path(path)
         if not is_file(path):
             raise DetectorFileError(
-                f"No detector file at {path}. Train one with `efficientad-fast train DATA --out {path}`."
+                f"No detector file at {path}. Check the path, or train one with `efficientad-fast train DATA --out "
+                f"{path}`."
             )
         if path.suffix in _EXPORTED:
             raise DetectorFileError(
@@ -750,6 +751,8 @@ def _check_threshold(threshold: float) -> None:
 def _check_quantiles(quantiles: Quantiles | None) -> None:
     if quantiles is None:
         return
+    if not isinstance(quantiles, Quantiles):
+        raise InputError(f"quantiles must be an efficientad_fast.Quantiles, got a {type(quantiles).__name__}.")
     given = astuple(quantiles)
     if not all(map(math.isfinite, given)):
         raise InputError(f"quantiles must be finite, got {given}.")

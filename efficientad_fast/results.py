@@ -43,8 +43,9 @@ class Results:
     """The table ``predictions.csv`` and the overlays of a folder.
 
     A row is added by one write at the end of the file, so that a process killed at any moment leaves whole rows, and
-    reaches the disk within about a second. Where one of them cannot be written, the table is as it was before it. A row
-    says that its overlay is there: that is written first, to a name of its own.
+    reaches the disk within about a second. Where one of them cannot be written, the table is as it was before it, and
+    it is tried again with the next, and at the end. A row says that its overlay is there: that is written first, to a
+    name of its own.
 
     Used in ``with``, by one process at a time. Not safe to call from several threads.
 
@@ -189,22 +190,25 @@ class Results:
                     row["note"] = "; ".join(filter(None, (row["note"], f"no overlay: {printable(str(error))}")))
                 except Exception as error:
                     failure = failure or error
-            self._waiting.popleft()
-            self._append(_line(row))
+            self._append_first()
         self._sync()
         if failure is not None:
             raise failure
 
-    def _append(self, content: bytes) -> None:
+    def _append_first(self) -> None:
+        """Write the first row that waits; interrupted at any moment, it is either in the table or waits as before."""
+        content = _line(self._waiting[0][0])
         with told_of_disk(self._table):
             size = os.fstat(self._file).st_size
             try:
                 while content:
                     content = content[os.write(self._file, content) :]
+                self._unsynced = True
+                # No call, after which Python looks for signals.
+                del self._waiting[0]
             except BaseException:
                 os.ftruncate(self._file, size)
                 raise
-            self._unsynced = True
 
     def _sync(self) -> None:
         if self._unsynced and time.monotonic() - self._synced > _SYNC_SECONDS:

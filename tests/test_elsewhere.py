@@ -445,6 +445,34 @@ def test_what_is_none_is_named(tmp_path: Path) -> None:
         Detector.load(tmp_path)
 
 
+def test_statistics_of_other_types_are_refused(tmp_path: Path) -> None:
+    folder = fork_folder(tmp_path / "out", fork_networks())
+    for name in ("teacher_mean", "teacher_std"):
+        given: dict[str, Any] = STATISTICS | {name: [0.0] * CHANNELS}
+        with pytest.raises(InputError, match=f"{name} must be a tensor.*got list"):
+            Detector.load(folder, quantiles=Q, threshold=1.0, **given)
+    with pytest.raises(InputError, match=r"quantiles must be an efficientad_fast\.Quantiles, got a tuple"):
+        Detector.load(folder, quantiles=(0, 1, 0, 1), threshold=1.0, **STATISTICS)  # type: ignore[arg-type]
+
+
+def test_images_that_nothing_is_missing_for_are_said_to_be_unused(tmp_path: Path) -> None:
+    path = saved(with_numbers(checkpoint(filled()), **CALIBRATED), tmp_path / "model.ckpt")
+    with pytest.warns(UserWarning, match="were not used"):
+        assert Detector.load(path, images=good_images(tmp_path / "images", 2)).threshold == 1.5
+
+
+def test_what_images_gave_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    path = saved(checkpoint(filled(statistics=False)), tmp_path / "model.ckpt")
+    detector = Detector.load(path, images=good_images(tmp_path / "images", 2))
+    assert detector.quantiles is not None and detector.threshold < math.inf
+
+
+def test_a_student_is_no_teacher(tmp_path: Path) -> None:
+    path = saved(pdn_small(768).state_dict(), tmp_path / "student.pth")
+    with pytest.raises(DetectorFileError, match="holds a student: 768 channels"):
+        load_teacher(path)
+
+
 def test_a_folder_of_two_detectors_is_refused(tmp_path: Path) -> None:
     folder = fork_folder(tmp_path / "out", fork_networks())
     saved(checkpoint(filled()), folder / "model.ckpt")

@@ -174,6 +174,25 @@ def test_an_emptied_table_begins_anew(tmp_path: Path) -> None:
         assert (tmp_path / "predictions.csv").read_bytes() == whole
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_row_that_is_being_written_when_interrupted_is_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    original = os.write
+
+    def interrupted(descriptor: int, content: bytes) -> int:
+        monkeypatch.setattr(os, "write", original)
+        if moment == "after":
+            original(descriptor, content)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Results(tmp_path, RUN) as results:
+        results.add(good("a.png"), VERSION)
+        monkeypatch.setattr(os, "write", interrupted)
+        results.add(good("b.png"), VERSION)
+    assert [row["path"] for row in table(tmp_path)] == ["a.png", "b.png"]
+
+
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"kept")
     for place in (tmp_path / "file", tmp_path / "file" / "out"):
@@ -224,7 +243,8 @@ def test_a_row_that_does_not_fit_leaves_the_table_as_it_was(tmp_path: Path, monk
                 results.add(good("b.png"), VERSION)
         assert (tmp_path / "predictions.csv").read_bytes() == before
         results.add(good("c.png"), VERSION)
-    assert [row["path"] for row in table(tmp_path)] == ["a.png", "c.png"]
+    # It is written once there is room.
+    assert [row["path"] for row in table(tmp_path)] == ["a.png", "b.png", "c.png"]
 
 
 # The command
@@ -361,8 +381,15 @@ def test_a_folder_of_results_inside_that_of_the_images_is_no_image(model: Path, 
     for _ in range(2):
         assert run("predict", model, images, "--out", out).exit_code == 0
         assert len(table(out)) == 4 and len(list(out.glob("*.png"))) == 4
-    result = run("predict", model, images, "--out", images)
-    assert result.exit_code == 2 and "is a folder of images" in result.stderr.replace("\n", " ")
+    for given in (images, images / "1.png"):
+        result = run("predict", model, given, "--out", images)
+        assert result.exit_code == 2 and "is a folder of images" in result.stderr.replace("\n", " ")
+
+
+def test_that_there_is_no_threshold_is_said(model: Path, images: Path) -> None:
+    assert "threshold" not in run("predict", model, images).stderr
+    small_detector().replaced(threshold=float("inf")).save(model)
+    assert "no threshold: no image is called anomalous" in run("predict", model, images).stderr.replace("\n", " ")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")

@@ -85,9 +85,6 @@ def read_parts(
     # anomalib's networks of before they were trained have zeros, and leave the teacher's features as they are then.
     if mean is None or std is None or not (mean.sum() != 0 or std.sum() != 0):
         mean, std = torch.zeros(channels), torch.ones(channels)
-    quantiles = _quantiles(numbers)
-    if quantiles is None:
-        notes.append("it has no quantiles, so that maps are left as they are.")
     return Parts(
         cast(PatchDescriptionNetwork, teacher),
         cast(PatchDescriptionNetwork, student),
@@ -96,7 +93,7 @@ def read_parts(
         pad_maps,
         teacher_mean=mean.flatten(),
         teacher_std=std.flatten(),
-        quantiles=quantiles,
+        quantiles=_quantiles(numbers),
         threshold=_threshold(checkpoint, hyper, numbers),
         preprocessing=preprocessing,
         required=frozenset(required),

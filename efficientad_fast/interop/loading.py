@@ -24,7 +24,7 @@ from efficientad_fast.interop.reading import TensorRecord, is_torch_file, open_t
 from efficientad_fast.interop.unpickling import shown
 from efficientad_fast.preprocessing import Preprocessing
 from efficientad_fast.reference.maps import Quantiles
-from efficientad_fast.reference.networks import PatchDescriptionNetwork
+from efficientad_fast.reference.networks import FEATURE_CHANNELS, PatchDescriptionNetwork
 from efficientad_fast.training.calibrate import (
     THRESHOLD_RULE,
     ChannelStatistics,
@@ -61,6 +61,12 @@ class Supplied:
     size: tuple[int, int] | None = None
     padding: bool | None = None
     pad_maps: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_mean", "teacher_std"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise InputError(f"{name} must be a tensor with a number for each channel, got {type(value).__name__}.")
 
     def given(self) -> list[str]:
         """Names of what is not ``None``."""
@@ -139,6 +145,10 @@ def load_elsewhere(
             computed["threshold_rule"] = f"{THRESHOLD_RULE}; {of_validation}"
             threshold = detector.threshold
         detector = replace(detector, provenance={**provenance, **computed})
+        if not computed:
+            notes.append("it has all that images are for, so that those given were not used.")
+    if detector.quantiles is None:
+        notes.append("it has no quantiles, so that maps are left as they are.")
     if threshold is None:
         notes.append(
             "it has no threshold, so that no image is called anomalous. Give threshold= (--threshold), or good images "
@@ -163,6 +173,10 @@ def read_teacher(path: Path, *, padding: bool) -> tuple[PatchDescriptionNetwork,
         found = fork.recognised_teacher(path, found, padding=padding)
     if not isinstance(found, PatchDescriptionNetwork):
         raise DetectorFileError(f"{path} holds an autoencoder, and a teacher is needed.")
+    if found.out_channels == 2 * FEATURE_CHANNELS:
+        raise DetectorFileError(
+            f"{path} holds a student: {found.out_channels} channels, twice a teacher's. Give the teacher's file."
+        )
     return found, {"made_by": f"elsewhere: {path.name} (sha256 {_digest(path)})"}
 
 
