@@ -608,7 +608,7 @@ def test_large_images_are_not_decoded_far_ahead(
         return sum(one() is not None for one in decoded)
 
     # When a thread begins, less than the most waits, and each of the others may have begun as well: two that decode
-    # files, and the one that asks for the images, which decodes arrays. None of the batch that is in the networks waits.
+    # files, and the one that asks for images, which decodes arrays. None of the batch that is in the networks waits.
     most_waiting = max(most - 1, 0) + (3 if kind == "both" else 2)
     waiting: list[int] = []
     monkeypatch.setattr(detector_module, "_MOST_WAITING_BYTES", most * image.nbytes)
