@@ -69,12 +69,12 @@ def _escaped(text: str, is_kept: Callable[[str], bool]) -> str:
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """As ``Path.is_dir``, but not raising where that cannot be known: no right to search a folder, too long a name."""
-    return os.path.isdir(path)  # noqa: PTH112
+    return os.path.isdir(path)  # noqa: PTH112  Path's raises
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
     """As ``Path.is_file``, but not raising, as :func:`is_folder`."""
-    return os.path.isfile(path)  # noqa: PTH113
+    return os.path.isfile(path)  # noqa: PTH113  Path's raises
 
 
 @contextlib.contextmanager

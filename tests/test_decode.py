@@ -388,10 +388,10 @@ def scans(count: int, side: int = 8) -> bytes:
     """A progressive JPEG file whose last scan is there so many times more, and a camera's data behind its end."""
     buffer = io.BytesIO()
     image = Image.fromarray(colours(side, side)).convert("L")
-    image.save(buffer, "JPEG", progressive=True, comment=b"\xff\xda" * 200)
+    image.save(buffer, "JPEG", progressive=True, comment=b"\xff\xda\0\x02" * 200)
     content = buffer.getvalue()
     last = content.rindex(b"\xff\xda")
-    return content[:last] + content[last:-2] * (count + 1) + content[-2:] + b"\xff\xda" * 200
+    return content[:last] + content[last:-2] * (count + 1) + content[-2:] + b"\0\x02" + b"\xff\xda\0\x02" * 200
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

@@ -435,7 +435,7 @@ def test_other_checkpoints_are_named(tmp_path: Path) -> None:
 def test_what_is_none_is_named(tmp_path: Path) -> None:
     for path in ("", None, 3, b"model.pth"):
         with pytest.raises(InputError, match="path must be"):
-            Detector.load(path)  # type: ignore[arg-type]
+            Detector.load(path)  # type: ignore[arg-type]  # which is what is tried
     for name in ("model.onnx", "model.xml"):
         (tmp_path / name).write_bytes(b"<?xml version='1.0'?>")
         with pytest.raises(DetectorFileError, match="exported model"):
@@ -452,7 +452,7 @@ def test_statistics_of_other_types_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{name} must be a tensor.*got list"):
             Detector.load(folder, quantiles=Q, threshold=1.0, **given)
     with pytest.raises(InputError, match=r"quantiles must be an efficientad_fast\.Quantiles, got a tuple"):
-        Detector.load(folder, quantiles=(0, 1, 0, 1), threshold=1.0, **STATISTICS)  # type: ignore[arg-type]
+        Detector.load(folder, quantiles=(0, 1, 0, 1), threshold=1.0, **STATISTICS)  # type: ignore[arg-type]  # as above
 
 
 def test_images_that_nothing_is_missing_for_are_said_to_be_unused(tmp_path: Path) -> None:
